@@ -1,0 +1,1 @@
+"""The mathematics: advantages, losses, pairs. Pure functions; no Ray, no vLLM, no DeepSpeed."""

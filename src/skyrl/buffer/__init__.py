@@ -1,0 +1,1 @@
+"""The Selective Sample Buffer and the assembly of training batches. Numpy only."""

@@ -1,0 +1,1 @@
+"""The policy that learns: one DeepSpeed engine per rank. The only package that imports deepspeed."""

@@ -1,0 +1,1 @@
+"""Policies and reward models: the embedded defaults, what is trained, log-probabilities."""

@@ -1,0 +1,104 @@
+"""The embedded default models: built once from seeds, cached under a key of everything that shapes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from skyrl.config import ModelConfig
+
+RECIPE_FILES = (
+    "data/scenes.py",
+    "data/encode.py",
+    "models/digits_architecture.py",
+    "models/warm_start.py",
+    "models/reward_model.py",
+    "models/reward_training.py",
+    "models/embedded.py",
+    "algorithms/hallucination.py",
+)
+"""A change in any of these makes other models, so their text is part of the key."""
+SCENES = 20_000
+TEXT_SHARE = 0.15
+DONE = "recipe.json"
+
+
+def cache_folder(cfg: ModelConfig) -> Path:
+    """Where embedded models are kept: ``model.cache_dir``, ``$SKYRL_CACHE`` or ``~/.cache/skyrl``."""
+    return Path(cfg.cache_dir or os.environ.get("SKYRL_CACHE") or Path.home() / ".cache" / "skyrl").expanduser()
+
+
+def recipe(cfg: ModelConfig) -> dict[str, object]:
+    """Everything that decides what the built models are."""
+    root = Path(__file__).parents[1]
+    sources = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in RECIPE_FILES}
+    return {
+        "warm_start_steps": cfg.warm_start_steps,
+        "reward_steps": cfg.reward_steps,
+        "seed": cfg.seed,
+        "sources": sources,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "scikit-learn")},
+    }
+
+
+def embedded_models(cfg: ModelConfig) -> tuple[Path, Path]:
+    """Folders of the embedded policy and reward model, built now if the cache has none for this recipe.
+
+    A half-built model is never seen: the build happens in a temporary folder that is renamed when complete.
+    """
+    text = json.dumps(recipe(cfg), sort_keys=True, indent=2)
+    folder = cache_folder(cfg) / f"digits-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if not (folder / DONE).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+        try:
+            _build(cfg, build)
+            (build / DONE).write_text(text)
+            try:
+                build.rename(folder)
+            except OSError:
+                if not (folder / DONE).is_file():  # another process may have finished the same build first
+                    raise
+        finally:
+            shutil.rmtree(build, ignore_errors=True)
+    return folder / "policy", folder / "reward"
+
+
+def _build(cfg: ModelConfig, folder: Path) -> None:
+    import torch
+    from transformers import Idefics3ForConditionalGeneration
+    from transformers.utils import logging
+
+    from skyrl.data.encode import PromptEncoder
+    from skyrl.data.scenes import DigitScenes
+    from skyrl.models.digits_architecture import build_config, build_processor
+    from skyrl.models.reward_training import train_reward_model
+    from skyrl.models.warm_start import warm_start
+
+    logging.disable_progress_bar()
+    torch.manual_seed(cfg.seed)
+    encoder = PromptEncoder(build_processor())
+    policy = Idefics3ForConditionalGeneration(build_config(encoder.tokenizer))
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, refresh_per_second=2) as bar:
+        first = bar.add_task("embedded policy: supervised warm start", total=cfg.warm_start_steps)
+        second = bar.add_task("embedded reward model: Bradley-Terry", total=cfg.reward_steps)
+
+        scenes = DigitScenes("train", SCENES, TEXT_SHARE, cfg.seed)
+        warm_start(policy, encoder, scenes, cfg.warm_start_steps, lambda s, _n, _l: bar.update(first, completed=s))
+        policy.save_pretrained(folder / "policy")
+        encoder.processor.save_pretrained(folder / "policy")
+
+        scenes = DigitScenes("reward", SCENES, TEXT_SHARE, cfg.seed)
+        reward_model, accuracy = train_reward_model(
+            policy, encoder, scenes, cfg.reward_steps, cfg.seed, lambda s, _n, _l: bar.update(second, completed=s)
+        )
+        reward_model.save(folder / "reward")
+    (folder / "reward" / "pair_accuracy.json").write_text(json.dumps({"held_out_pair_accuracy": accuracy}))

@@ -1,0 +1,52 @@
+"""Which modules are trained: the paper's Table 4 as a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from skyrl.config import Trainable
+from skyrl.types import ConfigError
+
+VISION = ("vision_model.", "vision_tower.", "visual.blocks.", "visual.patch_embed.", "image_encoder.")
+ADAPTER = ("connector.", "multi_modal_projector.", "visual.merger.", "mlp1.", "modality_projection.", "resampler.")
+
+
+def module_of(name: str) -> str:
+    """``vision``, ``adapter`` or ``language`` for a parameter name.
+
+    Adapters are looked for first: some architectures keep theirs inside the vision module.
+    """
+    if any(part in name for part in ADAPTER):
+        return "adapter"
+    return "vision" if any(part in name for part in VISION) else "language"
+
+
+TRAINED = {
+    Trainable.all: {"vision", "adapter", "language"},
+    Trainable.adapter: {"adapter"},
+    Trainable.language_and_adapter: {"language", "adapter"},
+    Trainable.adapter_and_vision: {"adapter", "vision"},
+}
+
+
+def freeze(parameters: Iterable[tuple[str, torch.nn.Parameter]], trainable: Trainable) -> dict[str, int]:
+    """Set ``requires_grad`` of every parameter and count the trained ones per module.
+
+    Raises:
+        ConfigError: if a module that shall be trained has no parameters (a text-only model has no adapter).
+    """
+    counts = dict.fromkeys(TRAINED[trainable], 0)
+    for name, parameter in parameters:
+        part = module_of(name)
+        parameter.requires_grad_(part in TRAINED[trainable])
+        if part in counts:
+            counts[part] += getattr(parameter, "ds_numel", parameter.numel())
+    empty = sorted(part for part, count in counts.items() if count == 0)
+    if empty and trainable is not Trainable.all:
+        raise ConfigError(
+            f"learner.trainable={trainable.value}: the policy has no {' and no '.join(empty)} parameters; "
+            "use learner.trainable=all"
+        )
+    return counts

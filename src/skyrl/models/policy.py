@@ -1,0 +1,58 @@
+"""The policy as the learner sees it: a vision-language model that returns log-probabilities of given answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from skyrl.algorithms.reductions import token_logprobs
+from skyrl.data.encode import EncodedBatch
+
+
+def load_policy(folder: str, dtype: str) -> Any:
+    """The Hugging Face model in ``folder``: vision-language if its configuration says so, else causal.
+
+    Raises:
+        OSError: if the folder holds no model (transformers' own message names it).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder)
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.config.use_cache = False
+    return model
+
+
+class PolicyModule(nn.Module):
+    """A Hugging Face model whose forward is what training needs, so that DeepSpeed can wrap it.
+
+    Logits are computed at answer positions only: with a vocabulary of 150,000 they would otherwise be most of
+    the memory.
+
+    Args:
+        model: A Hugging Face causal or image-text-to-text model.
+        forbidden_ids: Tokens that the rollout can't sample; they get probability 0 here too, so that both
+            sides mean the same distribution.
+        temperature: The rollout's sampling temperature, for the same reason.
+    """
+
+    def __init__(self, model: Any, forbidden_ids: list[int], temperature: float = 1.0) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.register_buffer("forbidden", torch.tensor(forbidden_ids, dtype=torch.long), persistent=False)
+
+    def forward(self, batch: EncodedBatch, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities float32 [N] of the N answer tokens of the batch, row after row, and their entropy."""
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.pictures
+        ).last_hidden_state
+        # The token at column j is predicted from the hidden state at column j - 1.
+        predicted = hidden[:, :-1][batch.answer_mask[:, 1:]]
+        logits = self.model.get_output_embeddings()(predicted)
+        targets = batch.input_ids[:, 1:][batch.answer_mask[:, 1:]]
+        logprobs, entropy = token_logprobs(logits, targets, self.temperature, self.forbidden)
+        return logprobs, entropy if with_entropy else None

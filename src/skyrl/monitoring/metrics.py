@@ -1,0 +1,187 @@
+"""The one table of metric names. What is not defined here can't be logged.
+
+``docs/metrics.md`` is generated from it::
+
+    python -m skyrl.monitoring.metrics > docs/metrics.md
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from skyrl.types import SkyrlError
+
+
+class MetricError(SkyrlError):
+    """A metric was logged under a name that the table does not define."""
+
+
+@dataclass(slots=True, frozen=True)
+class MetricInfo:
+    """What one metric means."""
+
+    unit: str
+    """``share`` is a number in [0, 1]; ``nats`` are natural-log probabilities; ``-`` has no unit."""
+    description: str
+    """One sentence, with the denominator where there is one."""
+
+
+_M = MetricInfo
+
+METRICS: dict[str, MetricInfo] = {
+    # ---- loss
+    "loss/total": _M("-", "The value that is minimised: the GRPO and MPO terms, each times its weight, summed."),
+    "loss/grpo": _M("-", "Clipped GRPO term before its weight, averaged as `algorithm.grpo.aggregation` says."),
+    "loss/mpo": _M("-", "MPO term before its weight: preference, quality and generation terms, each times its own."),
+    "loss/preference": _M("nats", "DPO term before its weight, mean over the preference pairs of the step."),
+    "loss/quality": _M("nats", "BCO term before its weight, mean over the preference pairs of the step."),
+    "loss/generation": _M("nats", "Negative log-likelihood of the chosen answers before its weight, mean over pairs."),
+    # ---- grpo
+    "grpo/clip_fraction": _M("share", "Answer tokens whose gradient the clip cuts off, of the step's GRPO tokens."),
+    "grpo/ratio_mean": _M("-", "Mean over GRPO tokens of the probability ratio of learner to sampling policy."),
+    "grpo/ratio_max": _M("-", "Largest such ratio over the GRPO tokens of the step."),
+    "grpo/kl_behaviour": _M("nats", "KL divergence of learner and sampling policy (k3), mean over GRPO tokens."),
+    "grpo/kl_reference": _M("nats", "KL divergence of learner and reference policy (k3), mean over GRPO tokens."),
+    # ---- mpo
+    "mpo/margin": _M("nats", "Implicit reward of the chosen minus that of the rejected answer, mean over pairs."),
+    "mpo/accuracy": _M("share", "Pairs whose chosen answer has the larger implicit reward, of all pairs of the step."),
+    "mpo/chosen_reward": _M("nats", "Implicit reward beta·log(policy/reference) of chosen answers, mean over pairs."),
+    "mpo/rejected_reward": _M("nats", "The same implicit reward of the rejected answers, mean over pairs."),
+    "mpo/pairs": _M("pairs", "Preference pairs trained on in the step."),
+    "mpo/delta": _M("nats", "BCO's reward shift: the running mean of the implicit rewards that its term subtracts."),
+    # ---- learner
+    "learner/grad_norm": _M("-", "L2 norm of the whole gradient before clipping."),
+    "learner/lr": _M("-", "Learning rate of the step."),
+    "learner/entropy": _M("nats", "Entropy of the learner's next-token distribution, mean over GRPO tokens."),
+    "learner/tokens": _M("tokens", "Answer tokens trained on in the step, over all ranks."),
+    "learner/micro_batches": _M("batches", "Forward passes into which the step was cut, of the rank with most."),
+    "learner/logprob_gap_fresh": _M(
+        "nats",
+        "Largest difference of the rollout's and the learner's log-probability over the tokens of fresh answers, "
+        "before the update.",
+    ),
+    # ---- reward
+    "reward/total": _M("-", "Total hybrid reward, mean over the scored answers of the step."),
+    "reward/rule": _M("share", "Verifier's score in [0, 1], mean over the scored answers of the step."),
+    "reward/format": _M("share", "Answers that keep the think/answer form, of the scored answers of the step."),
+    "reward/model": _M("-", "Raw score of the reward model (unbounded), mean over the scored answers of the step."),
+    "reward/errors": _M("answers", "Answers that could not be scored; they take no part in training."),
+    "reward/accuracy": _M("share", "Sampled (not greedy) answers with the full rule score, of the scored answers."),
+    # ---- response
+    "response/length_mean": _M("tokens", "Length of an answer, mean over the answers sampled in the step."),
+    "response/truncated_share": _M("share", "Answers that the length limit ended, of all answers sampled in the step."),
+    # ---- hallucination
+    "hallucination/rate": _M(
+        "share",
+        "Answers with at least one false claim about the picture, of the sampled answers to prompts whose picture "
+        "has known facts.",
+    ),
+    "hallucination/false_claim_share": _M(
+        "share", "False claims, of all checkable claims about pictures made in the step's answers (CHAIR_i)."
+    ),
+    "hallucination/coverage": _M(
+        "share", "Answers with at least one checkable claim, of the answers to prompts whose picture has known facts."
+    ),
+    # ---- buffer
+    "buffer/effective_share_fresh": _M(
+        "share", "Fresh answers whose rule advantage is not 0, of all answers sampled in the step: without the buffer."
+    ),
+    "buffer/effective_share": _M(
+        "share",
+        "Fresh effective and replayed answers together, of the places of the rollout batch (all answers sampled in "
+        "the step): with the buffer.",
+    ),
+    "buffer/size": _M("samples", "Samples in the buffer after the step's exchange."),
+    "buffer/age_mean": _M("versions", "Policy versions since sampling, mean over the replayed samples of the step."),
+    "buffer/age_max": _M("versions", "Policy versions since sampling of the oldest replayed sample of the step."),
+    "buffer/prompts": _M(
+        "prompts", "Sampled groups that the buffer holds samples of; a prompt sampled twice counts twice."
+    ),
+    "buffer/mass": _M("-", "Sum of the sampling weights |advantage|^alpha over the buffer."),
+    "buffer/replayed": _M("samples", "Replayed samples in the batch of the step."),
+    "buffer/pairs_share": _M("pairs/prompt", "Preference pairs formed in the step, per fresh prompt of the step."),
+    "batch/items": _M("samples", "Samples in the batch: fresh, replayed, and those there only for a preference pair."),
+    # ---- sync
+    "sync/logprob_gap": _M(
+        "nats", "Largest difference of rollout and learner log-probability over the probe's tokens, after a sync."
+    ),
+    "sync/seconds": _M("s", "Wall time of the weight transfer and its probe."),
+    "sync/megabytes": _M("MB", "Size of the weights sent to each rollout worker (10^6 bytes)."),
+    # ---- time and throughput
+    "time/rollout": _M("s", "Wall time of sampling in the step."),
+    "time/reward": _M("s", "Wall time of scoring in the step."),
+    "time/buffer": _M("s", "Wall time of the buffer's exchange in the step."),
+    "time/learner": _M("s", "Wall time of the learner in the step."),
+    "time/sync": _M("s", "Wall time of the weight sync in the step."),
+    "time/step": _M("s", "Wall time of the whole training step, without evaluation and checkpoint."),
+    "throughput/samples_per_second": _M("samples/s", "Answers sampled in the step, per second of `time/step`."),
+    "throughput/tokens_per_second": _M("tokens/s", "Answer tokens sampled in the step, per second of `time/step`."),
+    # ---- eval
+    "eval/accuracy": _M("share", "Greedy answers with the full rule score, of the scored evaluation prompts."),
+    "eval/accuracy/<kind>": _M("share", "The same for the evaluation prompts of one kind."),
+    "eval/format": _M("share", "Greedy answers that keep the think/answer form, of the scored evaluation prompts."),
+    "eval/hallucination": _M(
+        "share",
+        "Greedy answers with at least one false claim about the picture, of the evaluation prompts whose picture has "
+        "known facts.",
+    ),
+    "eval/false_claim_share": _M("share", "False claims, of all checkable claims in the greedy answers (CHAIR_i)."),
+    "eval/coverage": _M(
+        "share", "Greedy answers with at least one checkable claim, of the evaluation prompts with known facts."
+    ),
+    "eval/length_mean": _M("tokens", "Length of a greedy answer, mean over the evaluation prompts."),
+    "eval/truncated_share": _M("share", "Greedy answers that the length limit ended, of the evaluation prompts."),
+    "eval/reward_model": _M("-", "Raw score of the reward model, mean over the scored evaluation prompts."),
+    "eval/errors": _M("answers", "Greedy answers that could not be scored."),
+    "eval/seconds": _M("s", "Wall time of the evaluation."),
+}
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """Regular expression of a table name; ``<kind>`` stands for one non-empty part without a slash."""
+    return re.compile("[^/]+".join(re.escape(part) for part in re.split(r"<\w+>", name)))
+
+
+_PATTERNS = [_pattern(name) for name in METRICS if "<" in name]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Check that every name (or every key of a metrics dictionary) is defined in :data:`METRICS`.
+
+    Raises:
+        MetricError: naming those that are not.
+    """
+    unknown = [n for n in names if n not in METRICS and not any(p.fullmatch(n) for p in _PATTERNS)]
+    if unknown:
+        prefixes = sorted({f"{name.split('/')[0]}/" for name in METRICS})
+        raise MetricError(
+            f"undefined metric {', '.join(map(repr, sorted(unknown)))}; allowed are the names in "
+            f"skyrl.monitoring.metrics.METRICS, which begin with {', '.join(prefixes)}"
+        )
+
+
+def markdown() -> str:
+    """The text of ``docs/metrics.md``."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated by `python -m skyrl.monitoring.metrics`; change `src/skyrl/monitoring/metrics.py` instead.",
+        "",
+        "A *share* is a number in [0, 1], *nats* are natural-log probabilities, `-` has no unit. *Fresh* answers were",
+        "sampled in this step, *replayed* ones come from the Selective Sample Buffer. A value without a denominator",
+        "in a step (no pairs, no pictures) is missing or NaN there, never 0.",
+    ]
+    section = ""
+    for name, info in METRICS.items():
+        if name.split("/")[0] != section:
+            section = name.split("/")[0]
+            lines += ["", f"## {section}", "", "| Name | Unit | Meaning |", "|---|---|---|"]
+        # A pipe would end the table cell, even inside code.
+        lines.append(f"| `{name}` | {info.unit} | {info.description.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,185 @@
+"""Where the numbers of each step go: a file, Weights & Biases, and a fan-out to several sinks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from skyrl.config import WandbMode
+from skyrl.interfaces import Metrics, MetricSink
+from skyrl.monitoring.console import ConsoleSink
+from skyrl.monitoring.metrics import check_names
+from skyrl.monitoring.records import jsonable, read_metrics, write_text_atomically
+from skyrl.types import ConfigError
+
+__all__ = ["ConsoleSink", "JsonlSink", "Sinks", "WandbSink", "wandb_logged_in", "wandb_mode"]
+
+logger = logging.getLogger(__name__)
+
+
+class Sinks:
+    """Passes every call on to several sinks, after checking that each metric is defined.
+
+    Example::
+
+        sinks = Sinks([ConsoleSink(steps=70), JsonlSink(run_dir / "metrics.jsonl")])
+        sinks.log(1, {"reward/rule": 0.5})
+        sinks.close()
+    """
+
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self._sinks = list(sinks)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Log ``metrics`` of ``step`` everywhere.
+
+        Raises:
+            MetricError: if a name is not in the table of metrics.
+        """
+        check_names(metrics)
+        for sink in self._sinks:
+            sink.log(step, metrics)
+
+    def close(self) -> None:
+        """Close every sink, the later ones also when an earlier one fails."""
+        with ExitStack() as stack:
+            for sink in reversed(self._sinks):
+                stack.callback(sink.close)
+
+
+class JsonlSink:
+    """Appends one JSON object per call to a file, and flushes it, so that a killed run loses nothing.
+
+    NaN and infinity become ``null``.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        """Open ``path``.
+
+        Args:
+            path: usually ``metrics.jsonl`` of the run folder.
+            resume_step: ``None`` starts an empty file. A run that goes on from the checkpoint of step ``k`` passes
+                ``k``: what was logged for later steps is dropped, because they will be done again.
+        """
+        kept: list[dict[str, Any]] = []
+        if resume_step is not None and path.exists():
+            kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+        write_text_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write one line."""
+        self._file.write(json.dumps({"step": step, **jsonable(metrics)}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def wandb_logged_in(environment: Mapping[str, str] | None = None) -> bool:
+    """True if a Weights & Biases key lies in ``WANDB_API_KEY`` or in the netrc file. Asks no server."""
+    env = os.environ if environment is None else environment
+    if env.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(env.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
+    path = Path(env.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return netrc.netrc(str(path)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def wandb_mode(mode: WandbMode, environment: Mapping[str, str] | None = None) -> WandbMode:
+    """What ``auto`` means here: online when logged in and ``WANDB_MODE`` does not forbid it, else offline."""
+    if mode is not WandbMode.auto:
+        return mode
+    env = os.environ if environment is None else environment
+    wish = env.get("WANDB_MODE", "").lower()
+    if wish == "disabled":
+        return WandbMode.off
+    if wish in ("offline", "dryrun") or not wandb_logged_in(env):
+        return WandbMode.offline
+    return WandbMode.online
+
+
+class WandbSink:
+    """Logs to Weights & Biases, online or into the run folder (send it later with ``wandb sync``).
+
+    Logging must never stop a run: if no online run can be started within ``timeout`` seconds it becomes an
+    offline one, and if that fails too the sink says so once and then stays quiet.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        project: str,
+        name: str,
+        mode: WandbMode = WandbMode.auto,
+        config: Any = None,
+        timeout: float = 20.0,
+    ) -> None:
+        """Start the run.
+
+        Args:
+            run_dir: its subfolder ``wandb`` is written to.
+            config: dataclass or mapping shown with the run.
+            timeout: seconds that starting online, and the last upload, may take.
+        """
+        self._run: Any = None
+        mode = wandb_mode(mode)
+        if mode is WandbMode.off:
+            raise ConfigError("got mode off for WandbSink, allowed are auto, online and offline; leave the sink out")
+        # wandb reports its own crashes home; a training run has no business with that. Read at import.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        arguments = {"dir": str(run_dir), "project": project, "name": name, "config": jsonable(config or {})}
+        modes: list[Literal["online", "offline"]] = ["online", "offline"] if mode is WandbMode.online else ["offline"]
+        for attempt in modes:
+            if self._start(attempt, arguments, timeout):
+                return
+        logger.warning("no Weights & Biases run could be started; metrics.jsonl has every number")
+
+    def _start(self, mode: Literal["online", "offline"], arguments: Mapping[str, Any], timeout: float) -> bool:
+        """Try to start a run; False, with a warning, if it can't be."""
+        import wandb
+        import wandb.errors
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_code=True,
+            disable_git=True,
+            init_timeout=timeout,
+            login_timeout=timeout,
+            finish_timeout=timeout,
+        )
+        try:
+            self._run = wandb.init(mode=mode, settings=settings, **arguments)
+        except (wandb.errors.Error, OSError, RuntimeError, ValueError) as error:
+            logger.warning("no %s Weights & Biases run: %s: %s", mode, type(error).__name__, error)
+            return False
+        # An axis of our own: wandb's counter refuses the steps that a resumed run does again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        return True
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Hand the numbers to wandb's own process, which sends them in the background."""
+        if self._run is not None:
+            self._run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        """End the run; waits at most ``timeout`` seconds for the upload."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None

@@ -1,0 +1,155 @@
+"""Scores whole groups: rule, form and reward model, advantages, and the check of claims about the picture."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+from skyrl.algorithms.advantages import group_advantages
+from skyrl.algorithms.hallucination import check_claims, hallucination_rates
+from skyrl.config import RewardConfig, Std
+from skyrl.interfaces import Metrics, flatten
+from skyrl.rewards.format import extract_answer, format_reward
+from skyrl.rewards.hybrid import hybrid_reward
+from skyrl.rewards.runner import VerifierRunner
+from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup
+
+
+class ModelScorer(Protocol):
+    """A reward model."""
+
+    def score(self, groups: list[SampleGroup]) -> list[np.ndarray]:
+        """Raw scores r_θ: one float array [G] per group."""
+        ...
+
+
+class RewardScorer:
+    """Implements :class:`skyrl.interfaces.Rewarder`.
+
+    Args:
+        cfg: Weights, squashing, verifier limits.
+        std: Divisor of the group advantages.
+        model: The reward model; ``None`` if there is none, which makes ``RewardParts.model`` ``nan``.
+    """
+
+    def __init__(self, cfg: RewardConfig, std: Std, model: ModelScorer | None) -> None:
+        self.cfg, self.std, self.model = cfg, std, model
+        self._runner = VerifierRunner(cfg.verifier_timeout, cfg.numeric_tolerance)
+
+    def score(self, groups: list[SampleGroup]) -> list[SampleGroup]:
+        """Fill ``reward``, ``advantage``, ``rule_advantage``, ``claims``, ``false_claims`` and ``error`` in place.
+
+        A sample that can't be scored gets an ``error``, no reward and advantages of 0, and its group's mean and
+        standard deviation are taken without it. Fewer than two scored samples (always so in a group of one, as greedy
+        evaluation draws) have nothing to be compared with: advantages of 0. Arrays are only read.
+
+        Returns:
+            ``groups`` itself.
+
+        Raises:
+            DataError: if a prompt names an unknown verifier or has malformed facts, or if the reward model returns
+                arrays of the wrong shape; these are mistakes of the data set or the model, not of a sample.
+        """
+        for group, model_scores in zip(groups, self._model_scores(groups), strict=True):
+            self._score_group(group, model_scores)
+        return groups
+
+    def close(self) -> None:
+        """End the verifier process."""
+        self._runner.close()
+
+    def _model_scores(self, groups: list[SampleGroup]) -> list[np.ndarray] | list[None]:
+        if self.model is None:
+            return [None] * len(groups)
+        scores = [np.asarray(part, dtype=np.float64) for part in self.model.score(groups)]
+        got, want = [part.shape for part in scores], [(len(group.samples),) for group in groups]
+        if got != want:
+            raise DataError(f"the reward model returned arrays of shapes {got}; one per group is needed: {want}")
+        return scores
+
+    def _score_group(self, group: SampleGroup, model: np.ndarray | None) -> None:
+        rules = np.full(len(group.samples), math.nan)
+        for place, sample in enumerate(group.samples):
+            sample.reward, sample.advantage, sample.rule_advantage = None, 0.0, 0.0
+            rules[place], sample.error = self._rule(group.prompt, sample)
+            if sample.error is None and model is not None and not math.isfinite(model[place]):
+                sample.error = (
+                    f"prompt {group.prompt.id!r}, sample {sample.index}: the reward model gave {model[place]}"
+                )
+            _count_claims(group.prompt, sample)
+
+        valid = [place for place, sample in enumerate(group.samples) if sample.error is None]
+        samples, rules = [group.samples[place] for place in valid], rules[valid]
+        formats = np.array([format_reward(sample.text) for sample in samples])
+        model = None if model is None else model[valid]
+        totals = hybrid_reward(rules, model, formats, self.cfg)
+        for place, sample in enumerate(samples):
+            r_model = math.nan if model is None else float(model[place])
+            sample.reward = RewardParts(float(rules[place]), float(formats[place]), r_model, float(totals[place]))
+        if len(samples) < 2:
+            return
+        advantages, rule_advantages = group_advantages(totals, self.std), group_advantages(rules, self.std)
+        for sample, advantage, rule_advantage in zip(samples, advantages, rule_advantages, strict=True):
+            sample.advantage, sample.rule_advantage = float(advantage), float(rule_advantage)
+
+    def _rule(self, prompt: Prompt, sample: Sample) -> tuple[float, str | None]:
+        """The verifier's score and ``None``, or ``nan`` and why there is none."""
+        answer = extract_answer(sample.text)
+        if answer is None:
+            return 0.0, None
+        try:
+            verdict = self._runner.verify(prompt.verifier, answer, prompt.answer)
+        except DataError as error:
+            raise DataError(f"prompt {prompt.id!r}: {error}") from error
+        if verdict.score is None:
+            return math.nan, f"prompt {prompt.id!r}, sample {sample.index}: {verdict.error}"
+        return verdict.score, None
+
+
+def _count_claims(prompt: Prompt, sample: Sample) -> None:
+    """Fill ``claims`` and ``false_claims``; without a picture or without facts nothing can be checked."""
+    sample.claims = sample.false_claims = 0
+    if not (prompt.images and prompt.facts):
+        return
+    try:
+        claims = check_claims(sample.text, prompt.facts)
+    except DataError as error:
+        raise DataError(f"prompt {prompt.id!r}: {error}") from error
+    sample.claims = len(claims)
+    sample.false_claims = sum(not claim.true for claim in claims)
+
+
+def reward_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metrics:
+    """Means over a list of scored groups.
+
+    Keys: ``total``, ``rule``, ``format``, ``model`` and ``accuracy`` (equal to ``rule``) are means over the samples
+    without an error, ``errors`` counts the others; these six carry ``prefix``. ``response/length_mean`` (tokens) and
+    ``response/truncated_share`` are over all samples. ``hallucination/rate`` (CHAIR_s), ``.../false_claim_share``
+    (CHAIR_i) and ``.../coverage`` are over all samples whose prompt has a picture and known facts.
+
+    A mean over nothing is ``nan``: all of ``hallucination/`` without such prompts, ``model`` without a reward model.
+    """
+    samples = flatten(groups)
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    pictured = flatten([group for group in groups if group.prompt.images and group.prompt.facts])
+    rates = hallucination_rates([(sample.claims, sample.false_claims) for sample in pictured])
+    rule = _mean([reward.rule for reward in rewards])
+    return {
+        f"{prefix}total": _mean([reward.total for reward in rewards]),
+        f"{prefix}rule": rule,
+        f"{prefix}format": _mean([reward.format for reward in rewards]),
+        f"{prefix}model": _mean([reward.model for reward in rewards]),
+        f"{prefix}errors": float(sum(sample.error is not None for sample in samples)),
+        f"{prefix}accuracy": rule,
+        "response/length_mean": _mean([len(sample.token_ids) for sample in samples]),
+        "response/truncated_share": _mean([float(sample.truncated) for sample in samples]),
+        "hallucination/rate": rates.chair_s,
+        "hallucination/false_claim_share": rates.chair_i,
+        "hallucination/coverage": rates.coverage,
+    }
+
+
+def _mean(values: list[float] | list[int]) -> float:
+    return float(np.mean(values)) if values else math.nan

@@ -1,0 +1,46 @@
+"""Mathematical equality with math-verify.
+
+Imported only in the verifier process: it loads sympy, and some expressions (``9^{9^{9}}``) keep sympy busy for
+ever, so that the process has to be killed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from skyrl.types import DataError
+
+# It would warn on every start that its time limits are off; they are, on purpose (see _parse).
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+_DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin{")
+
+
+def _parse(text: str) -> list[Any]:
+    """Sympy expressions of a text; ``[]`` if none can be read.
+
+    Only the LaTeX grammar is used; it evaluates no Python, as sympy's own parser does. Text without delimiters is
+    taken as one formula, so ``x^2`` reads like ``$x^2$``. math-verify's own limits are off: they use SIGALRM, which
+    works in a main thread only and can't end a loop in C. The runner kills this process instead.
+    """
+    formula = text if any(mark in text for mark in _DELIMITERS) else f"${text}$"
+    return parse(formula, [LatexExtractionConfig()], parsing_timeout=None)
+
+
+def math_verifier(answer: str, truth: str) -> float:
+    """1.0 if both are mathematically equal (``\\frac{1}{2}`` and ``0.5``, ``(x+1)^2`` expanded…), else 0.0.
+
+    An answer that isn't readable as mathematics is wrong. A failure inside the comparison is raised, not scored.
+
+    Raises:
+        DataError: if the truth can't be read as mathematics.
+    """
+    expected = _parse(truth)
+    if not expected:
+        raise DataError(f"the truth {truth[:100]!r} of a 'math' prompt can't be read as a mathematical expression")
+    if answer.strip() == truth.strip():
+        return 1.0
+    return float(verify(expected, _parse(answer), timeout_seconds=None, raise_on_error=True))

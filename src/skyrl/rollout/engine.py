@@ -1,0 +1,193 @@
+"""The rollout engine: a plain class round one vLLM engine. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+
+from skyrl.config import Config, WeightSync
+from skyrl.data.encode import PromptEncoder
+from skyrl.interfaces import PromptDataset
+from skyrl.rollout import shm_transfer
+from skyrl.types import DataError, Prompt, RolloutRequest, Sample, SampleGroup, SkyrlError, WeightSnapshot
+
+CPU_BATCHED_TOKENS = 16384
+
+
+def sample_seed(run_seed: int, step: int, prompt_id: str) -> int:
+    """Seed of a prompt's group at a step, 0 … 2^62; sample ``i`` of the group uses this plus ``i``.
+
+    A hash, so that neither the number of workers nor the order of the prompts changes what is sampled.
+    """
+    digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+class VllmRolloutEngine:
+    """Samples groups of answers with vLLM and takes new weights through its weight-transfer API.
+
+    Args:
+        cfg: The whole configuration.
+        policy_folder: Hugging Face folder of the starting policy.
+        datasets: Split name → prompts; requests name rows of these.
+    """
+
+    def __init__(self, cfg: Config, policy_folder: str, datasets: dict[str, PromptDataset]) -> None:
+        self.cfg = cfg
+        self.datasets = datasets
+        self.version = 0
+        self.encoder = PromptEncoder.from_pretrained(policy_folder)
+        self.llm = _start_llm(cfg, policy_folder)
+        forbidden = set(self.encoder.forbidden_token_ids())
+        vocabulary = self.llm.model_config.get_vocab_size()
+        # Placeholders of pictures and padding must never be sampled: the learner could not embed them.
+        self._allowed = [i for i in range(vocabulary) if i not in forbidden]
+
+    # ------------------------------------------------------------ sampling
+
+    def generate(self, request: RolloutRequest) -> list[SampleGroup]:
+        """One group per requested row, in the order of the rows.
+
+        Raises:
+            DataError: for an unknown split, or a prompt longer than ``rollout.max_prompt_tokens``.
+        """
+        if request.split not in self.datasets:
+            raise DataError(f"unknown split {request.split!r}; this worker has: {', '.join(self.datasets)}")
+        prompts = [self.datasets[request.split][row] for row in request.rows]
+        return self._sample(prompts, request, self.cfg.rollout.max_new_tokens)
+
+    def probe(self) -> list[SampleGroup]:
+        """Short sampled answers to the first evaluation prompts, seeded by the policy version."""
+        rollout = self.cfg.rollout
+        dataset = self.datasets["eval"]
+        rows = tuple(range(min(rollout.probe_prompts, len(dataset))))
+        request = RolloutRequest("eval", rows, self.version, 1, False, self.cfg.controller.seed)
+        return self._sample([dataset[row] for row in rows], request, rollout.probe_new_tokens)
+
+    def _sample(self, prompts: list[Prompt], request: RolloutRequest, max_new_tokens: int) -> list[SampleGroup]:
+        inputs = [self._input(prompt) for prompt in prompts]
+        params = [self._params(prompt, request, max_new_tokens) for prompt in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [self._group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+
+    def _input(self, prompt: Prompt) -> Any:
+        ids = self.encoder.text_ids(prompt)
+        if not prompt.images:
+            return {"prompt_token_ids": ids}
+        pictures = [Image.fromarray(picture) for picture in prompt.images]
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": pictures}}
+
+    def _params(self, prompt: Prompt, request: RolloutRequest, max_new_tokens: int) -> SamplingParams:
+        rollout = self.cfg.rollout
+        return SamplingParams(
+            n=request.samples_per_prompt,
+            temperature=0.0 if request.greedy else rollout.temperature,
+            top_p=1.0 if request.greedy else rollout.top_p,
+            max_tokens=max_new_tokens,
+            seed=None if request.greedy else sample_seed(request.seed, request.step, prompt.id),
+            logprobs=0,
+            allowed_token_ids=self._allowed,
+        )
+
+    def _group(self, prompt: Prompt, output: Any) -> SampleGroup:
+        prompt_ids = np.asarray(output.prompt_token_ids, dtype=np.int32)
+        if len(prompt_ids) > self.cfg.rollout.max_prompt_tokens:
+            raise DataError(
+                f"prompt {prompt.id!r} has {len(prompt_ids)} tokens; rollout.max_prompt_tokens allows "
+                f"{self.cfg.rollout.max_prompt_tokens}"
+            )
+        samples = []
+        for completion in sorted(output.outputs, key=lambda c: c.index):
+            ids = np.asarray(completion.token_ids, dtype=np.int32)
+            logprobs = [entry[int(token)].logprob for token, entry in zip(ids, completion.logprobs, strict=True)]
+            samples.append(
+                Sample(
+                    index=completion.index,
+                    token_ids=ids,
+                    logprobs=np.asarray(logprobs, dtype=np.float32),
+                    text=completion.text,
+                    truncated=completion.finish_reason == "length",
+                    policy_version=self.version,
+                )
+            )
+        return SampleGroup(prompt, prompt_ids, samples)
+
+    # ------------------------------------------------------------ weights
+
+    def load_weights(self, snapshot: WeightSnapshot) -> None:
+        """Replace all weights by the snapshot's and forget every cache that was filled with the old ones.
+
+        Raises:
+            SyncError: if the snapshot does not cover the policy.
+        """
+        self.llm.collective_rpc("start_weight_update")
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": {"snapshot": snapshot}})
+        self.llm.collective_rpc("finish_weight_update")
+        self.forget_caches()
+        self.version = snapshot.version
+
+    def forget_caches(self) -> None:
+        """Drop prefix, vision-encoder and multimodal caches: they hold states of the old weights."""
+        if not self.llm.reset_prefix_cache():
+            raise SkyrlError("vLLM could not reset its prefix cache; requests are still running during a weight sync")
+        self.llm.llm_engine.reset_encoder_cache()
+        self.llm.reset_mm_cache()
+
+    def transfer_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        """One call of vLLM's weight-transfer control plane, for the backends that vLLM drives itself (nccl, ipc)."""
+        self.llm.collective_rpc(method, kwargs=kwargs)
+
+    def finish_transfer(self, version: int) -> None:
+        """After a vLLM-driven transfer: new version, no old caches."""
+        self.forget_caches()
+        self.version = version
+
+
+def _start_llm(cfg: Config, policy_folder: str) -> LLM:
+    rollout = cfg.rollout
+    length = rollout.max_prompt_tokens + rollout.max_new_tokens
+    options: dict[str, Any] = {}
+    if rollout.weight_sync is WeightSync.shm:
+        shm_transfer.register()
+        backend = shm_transfer.BACKEND
+    else:
+        if not torch.cuda.is_available():
+            raise SkyrlError(
+                f"rollout.weight_sync={rollout.weight_sync.value} needs CUDA in the rollout process; on CPU use shm"
+            )
+        backend = rollout.weight_sync.value
+    if rollout.device == "cpu":
+        # Chunked prefill is off: with per-request seeds vLLM 0.32 rewinds a random generator after a partial prefill
+        # by its offset, and CPU generators have none.
+        options |= {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, length),
+            "skip_mm_profiling": True,
+        }
+    else:
+        options |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    llm = LLM(
+        model=policy_folder,
+        dtype=cfg.model.dtype,
+        max_model_len=length,
+        max_num_seqs=rollout.max_num_seqs,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        seed=cfg.controller.seed,
+        # The distribution that was sampled from, not the raw one: temperature and forbidden tokens applied.
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        disable_log_stats=True,
+        weight_transfer_config=WeightTransferConfig(backend=backend),
+        **options,
+    )
+    if rollout.device == "cpu":
+        # vLLM leaves a function here that only warns; its own picture processor then warns at every request.
+        torch.set_num_threads = lambda _: None
+    return llm

@@ -1,0 +1,194 @@
+"""The records that flow through skyrl, from a prompt to a learner step.
+
+One line, never reshaped into dictionaries::
+
+    Prompt ──rollout──▶ SampleGroup[Sample] ──reward──▶ the same, scored ──buffer──▶ TrainBatch ──▶ learner
+
+Arrays are numpy (this module imports no torch), so that a record travels through Ray's shared
+memory without a copy. ``T`` is the number of answer tokens of one sample, ``P`` the number of prompt
+tokens, ``G`` the number of samples in a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(slots=True, frozen=True)
+class Prompt:
+    """One question, with its pictures and with what the verifier and the monitors need.
+
+    Example::
+
+        Prompt(id="train/17", question="What is the sum of the digits?", images=(scene,), answer="9",
+               verifier="numeric", kind="sum", facts={"grid": [[3, 1], [4, 1]]})
+    """
+
+    id: str
+    """Unique within the data set; errors and seeds name it."""
+    question: str
+    """The user's message without any picture placeholder; the chat template adds those."""
+    images: tuple[np.ndarray, ...]
+    """RGB pictures, uint8 of shape [height, width, 3]; ``()`` for a text-only prompt."""
+    answer: str
+    """The ground truth that the verifier compares with."""
+    verifier: str
+    """Name of a rule verifier: ``exact``, ``numeric``, ``math`` or ``choice``."""
+    kind: str = "default"
+    """Family of the question; accuracy is also reported per kind."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What is known to be true of the picture. ``{}`` if unknown: then no claim can be checked.
+    Digit scenes have ``{"grid": [[3, 1], [4, 1]]}``, the digits row by row. Never shown to the policy."""
+
+
+@dataclass(slots=True)
+class RewardParts:
+    """The parts of one sample's hybrid reward (Skywork R1V2, Eq. 7) and their sum."""
+
+    rule: float
+    """The verifier's score in [0, 1]."""
+    format: float
+    """1.0 if the answer keeps the ``<think>…</think><answer>…</answer>`` form, else 0.0."""
+    model: float
+    """The reward model's raw scalar score r_θ (unbounded); ``nan`` when no reward model is used."""
+    total: float
+    """What the group advantage is computed from: see ``rewards/hybrid.py``."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One answer to one prompt, with everything a later learner step needs to weigh it."""
+
+    index: int
+    """Place in its group, 0 … G-1."""
+    token_ids: np.ndarray
+    """int32 [T]: the answer's tokens, with the end-of-sequence token if it was reached."""
+    logprobs: np.ndarray
+    """float32 [T]: log π_behaviour(token) under the distribution it was really drawn from
+    (temperature applied, forbidden tokens masked)."""
+    text: str
+    """The decoded answer, tags included, without the end-of-sequence token."""
+    truncated: bool
+    """True if the length limit ended it rather than the policy."""
+    policy_version: int
+    """Number of weight updates the sampling policy had received: the age of a replayed sample is the
+    current version minus this."""
+    reward: RewardParts | None = None
+    """``None`` until scored, and when scoring failed (then ``error`` says why)."""
+    advantage: float = 0.0
+    """Group advantage of the total reward (Eq. 6), the same for every token; 0 if ``error``."""
+    rule_advantage: float = 0.0
+    """Group advantage of the rule part alone. Not 0 means the sample is *effective*: what the buffer
+    keeps. A reward model's score never ties exactly, so the total can't decide it."""
+    claims: int = 0
+    """Checkable statements about the picture in the reasoning."""
+    false_claims: int = 0
+    """Those of them that contradict ``Prompt.facts``."""
+    error: str | None = None
+    """Why this sample could not be scored (verifier crashed, timed out). It takes no part in training
+    and is counted; it is never a silent reward of 0."""
+
+    @property
+    def effective(self) -> bool:
+        """True if the sample carries a learning signal of the rule reward."""
+        return self.error is None and self.rule_advantage != 0.0
+
+
+@dataclass(slots=True)
+class SampleGroup:
+    """The G samples drawn for one prompt, the unit in which advantages are computed."""
+
+    prompt: Prompt
+    prompt_ids: np.ndarray
+    """int32 [P]: the prompt as the rollout engine saw it, picture placeholders expanded. The learner
+    uses the same ids and checks that its own pictures fill exactly these placeholders."""
+    samples: list[Sample]
+
+
+@dataclass(slots=True)
+class TrainItem:
+    """One sample on its way into the learner, fresh or replayed."""
+
+    prompt: Prompt
+    prompt_ids: np.ndarray
+    """int32 [P], as in :class:`SampleGroup`."""
+    sample: Sample
+    grpo_weight: float
+    """Multiplies the sample's GRPO term: 1 for a fresh sample, the importance weight 1/(N·P) for a replayed
+    one if the correction is on, 0 for a sample that is here only as a member of a preference pair."""
+    replayed: bool = False
+
+
+@dataclass(slots=True, frozen=True)
+class PreferencePair:
+    """A chosen and a rejected sample of one on-policy group; indices into ``TrainBatch.items``."""
+
+    chosen: int
+    rejected: int
+    margin: float
+    """r_θ(chosen) − r_θ(rejected), in the reward model's raw units; at least the threshold."""
+
+
+@dataclass(slots=True)
+class TrainBatch:
+    """Everything one learner step trains on. Every rank gets the whole batch and takes its own share of it,
+    so the denominators below are the same on every rank without any communication."""
+
+    step: int
+    items: list[TrainItem]
+    pairs: list[PreferencePair]
+    grpo_samples: int
+    """Samples with ``grpo_weight`` ≠ 0: denominator of sample-level averages over the whole step."""
+    grpo_tokens: int
+    """Their answer tokens: denominator of token-level averages over the whole step."""
+
+
+@dataclass(slots=True, frozen=True)
+class RolloutRequest:
+    """What a rollout worker is asked for. Prompts go by row number: the worker holds the data set, so the
+    controller never touches a picture."""
+
+    split: str
+    """``train`` or ``eval``."""
+    rows: tuple[int, ...]
+    step: int
+    samples_per_prompt: int
+    greedy: bool
+    seed: int
+    """The run's seed. A sample's own seed is derived from (seed, step, prompt, sample index)."""
+
+
+@dataclass(slots=True)
+class WeightSnapshot:
+    """All policy parameters at one version, as one flat buffer that shared memory carries without a copy."""
+
+    version: int
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[str]
+    """Torch names: ``float32``, ``bfloat16``…"""
+    buffer: np.ndarray
+    """uint8 [total bytes]: the parameters one after the other, C order, each start aligned to 64 bytes."""
+    offsets: list[int]
+    """Byte offset of each parameter in ``buffer``."""
+
+
+class SkyrlError(Exception):
+    """Base of every error that skyrl raises on purpose. Its one argument is the whole message, so it
+    survives pickling on its way out of a Ray actor."""
+
+
+class ConfigError(SkyrlError):
+    """A setting is unknown, of the wrong type, or impossible together with another one."""
+
+
+class DataError(SkyrlError):
+    """A row, picture or token sequence is broken; the message names it."""
+
+
+class SyncError(SkyrlError):
+    """The rollout workers do not hold the learner's weights."""

@@ -1,0 +1,192 @@
+"""Console, file and Weights & Biases."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from skyrl.config import WandbMode
+from skyrl.monitoring.metrics import MetricError
+from skyrl.monitoring.records import jsonable, read_metrics
+from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
+from skyrl.types import ConfigError, DataError
+
+STEP = {
+    "reward/total": 0.712,
+    "reward/rule": 0.5,
+    "reward/format": 1.0,
+    "reward/model": float("nan"),
+    "reward/accuracy": 0.5,
+    "buffer/effective_share_fresh": 0.31,
+    "buffer/effective_share": 0.5,
+    "buffer/size": 812.0,
+    "hallucination/rate": 0.22,
+    "throughput/samples_per_second": 240.0,
+    "time/rollout": 1.25,
+    "time/learner": 2.0,
+    "time/step": 3.5,
+}
+
+
+class Recorder:
+    """Remembers its calls; may fail on closing."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.calls: list[tuple[int, dict[str, float]]] = []
+        self.closed = False
+        self.fails = fails
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.calls.append((step, metrics))
+
+    def close(self) -> None:
+        self.closed = True
+        if self.fails:
+            raise OSError("disk full")
+
+
+def test_fan_out_checks_names_and_closes_all() -> None:
+    first, second = Recorder(fails=True), Recorder()
+    sinks = Sinks([first, second])
+    sinks.log(1, {"loss/total": 1.0})
+    assert first.calls == second.calls == [(1, {"loss/total": 1.0})]
+    with pytest.raises(MetricError):
+        sinks.log(2, {"loss/nonsense": 1.0})
+    assert len(first.calls) == 1
+    with pytest.raises(OSError, match="disk full"):
+        sinks.close()
+    assert first.closed and second.closed
+
+
+def test_jsonl_writes_flushed_lines_without_nan(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log(1, {"reward/model": float("nan"), "loss/total": float("inf"), "reward/rule": 0.5})
+    # Read before closing: a killed process must have lost nothing.
+    assert json.loads(path.read_text()) == {"step": 1, "reward/model": None, "loss/total": None, "reward/rule": 0.5}
+    sink.close()
+
+
+def test_jsonl_resumes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in range(5):
+        sink.log(step, {"loss/total": float(step)})
+    sink.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "loss/to')  # killed in the middle of a line
+    sink = JsonlSink(path, resume_step=2)
+    sink.log(3, {"loss/total": 30.0})
+    sink.close()
+    assert [(r["step"], r["loss/total"]) for r in read_metrics(path)] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_jsonl_starts_anew_without_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 9}\n')
+    JsonlSink(path).close()
+    assert path.read_text() == ""
+
+
+def test_jsonl_resumes_without_a_file(tmp_path: Path) -> None:
+    JsonlSink(tmp_path / "metrics.jsonl", resume_step=4).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_read_metrics_merges_a_step_and_names_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 0, "a": 0}\n{"step": 1, "b": 2}\n')
+    assert read_metrics(path) == [{"step": 0, "a": 0}, {"step": 1, "a": 1, "b": 2}]
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(DataError, match="line 2"):
+        read_metrics(path)
+    path.write_text('{"a": 1}\n{"step": 2}\n')
+    with pytest.raises(DataError, match="line 1"):
+        read_metrics(path)
+
+
+def test_jsonable() -> None:
+    assert jsonable({"a": np.float32(0.5), "b": (1, True), "c": WandbMode.auto, "d": Path("x"), 3: float("-inf")}) == {
+        "a": 0.5,
+        "b": [1, True],
+        "c": "auto",
+        "d": "x",
+        "3": None,
+    }
+    with pytest.raises(DataError, match="object"):
+        jsonable(object())
+
+
+def test_console_prints_one_plain_line_per_step() -> None:
+    file = io.StringIO()
+    sink = ConsoleSink(steps=70, console=Console(file=file, width=80))
+    sink.log(0, {"eval/accuracy": 0.5, "eval/hallucination": 0.25})
+    sink.log(1, STEP)
+    sink.close()
+    first, second = file.getvalue().splitlines()
+    assert first == "step 0/70 | evaluation: accuracy 50.0% | hallucination 25.0%"
+    assert second.startswith("step 1/70 | reward 0.712 (rule 0.5, format 1, model –) | accuracy 50.0%")
+    assert "effective 31.0% → 50.0%" in second and "SSB 812" in second and "rollout 1.2, learner 2.0" in second
+    assert "\x1b" not in file.getvalue()
+
+
+def test_console_shows_a_table_on_a_terminal() -> None:
+    file = io.StringIO()
+    sink = ConsoleSink(steps=4, console=Console(file=file, width=100, force_terminal=True, color_system=None))
+    sink.log(1, STEP)
+    sink.log(2, {**STEP, "reward/rule": 0.75})
+    sink.close()
+    shown = file.getvalue()
+    for text in ("step 2/4", "75.0%", "effective share, with SSB", "left", "rollout 1.2"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, WandbMode.offline),
+        ({"WANDB_API_KEY": "x"}, WandbMode.online),
+        ({"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, WandbMode.offline),
+        ({"WANDB_MODE": "disabled"}, WandbMode.off),
+    ],
+)
+def test_wandb_auto_mode(tmp_path: Path, environment: dict[str, str], expected: WandbMode) -> None:
+    environment = {"NETRC": str(tmp_path / "netrc"), **environment}
+    assert wandb_mode(WandbMode.auto, environment) is expected
+    assert wandb_mode(WandbMode.offline, environment) is WandbMode.offline
+
+
+def test_wandb_reads_netrc(tmp_path: Path) -> None:
+    file = tmp_path / "netrc"
+    file.write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
+    file.chmod(0o600)
+    assert wandb_mode(WandbMode.auto, {"NETRC": str(file)}) is WandbMode.online
+    own = {"NETRC": str(file), "WANDB_BASE_URL": "https://wandb.example.org"}
+    assert wandb_mode(WandbMode.auto, own) is WandbMode.offline
+
+
+def test_wandb_refuses_off(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="off"):
+        WandbSink(tmp_path, project="p", name="n", mode=WandbMode.off)
+
+
+def test_wandb_online_without_network_becomes_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No server listens at this address: the run must go on, in the run folder."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with caplog.at_level(logging.WARNING):
+        sink = WandbSink(tmp_path, project="p", name="n", config={"lr": 1e-3, "mode": WandbMode.auto}, timeout=3.0)
+    sink.log(1, {"reward/rule": 0.5, "reward/model": float("nan")})
+    sink.close()
+    sink.log(2, {"reward/rule": 0.5})  # after closing: nothing happens
+    assert "no online Weights & Biases run" in caplog.text
+    runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 1 and b"reward/rule" in runs[0].read_bytes()
