@@ -92,9 +92,11 @@ class ModelConfig:
     """``float32``, ``bfloat16`` or ``float16``; on CPU float32 keeps rollout and learner within 1e-6."""
     cache_dir: str | None = None
     """Where embedded models are kept; null means ``~/.cache/skyrl`` (or ``$SKYRL_CACHE``)."""
-    warm_start_steps: int = 190
+    warm_start_steps: int = 220
     """Supervised steps of the embedded policy."""
-    reward_steps: int = 120
+    reward_body_steps: int = 150
+    """Further supervised steps of the embedded reward model's body."""
+    reward_steps: int = 40
     """Bradley-Terry steps of the embedded reward model."""
     seed: int = 0
     """Seed of both embedded models."""
@@ -137,7 +139,7 @@ class RolloutConfig:
     """Sequences that one engine decodes together."""
     device: str = "cpu"
     """``cpu`` or ``cuda``."""
-    num_cpus: float = 0.5
+    num_cpus: float = 0.25
     """Ray CPUs that one worker reserves. Phases alternate in the synchronous loop, so the sum over all
     actors may stay below the number of cores while each uses ``threads`` of them in its turn."""
     threads: int = 0
@@ -167,7 +169,7 @@ class RewardConfig:
     model_batch: int = 256
     """Samples that the reward model scores in one forward pass."""
     device: str = "cpu"
-    num_cpus: float = 0.5
+    num_cpus: float = 0.25
     threads: int = 0
     """As in rollout."""
 
@@ -243,7 +245,7 @@ class LearnerConfig:
     """Padded tokens (prompt and answer) of one forward pass; memory only, never the result."""
     gradient_checkpointing: bool = False
     device: str = "cpu"
-    num_cpus: float = 0.5
+    num_cpus: float = 0.25
     threads: int = 0
     """As in rollout."""
 
@@ -263,8 +265,6 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 writes none but the final one."""
     keep: int = 2
     """Complete checkpoints kept, the newest ones."""
-    resume: str = "no"
-    """``no``, ``auto`` (the newest complete checkpoint of ``run_dir``) or the path of one."""
     export: bool = True
     """Write the final policy as a Hugging Face folder."""
 
@@ -304,7 +304,10 @@ class MonitoringConfig:
 class Config:
     name: str = "digits"
     run_dir: str = ""
-    """Folder of everything that a run writes; set by ``conf/config.yaml``."""
+    """Folder of everything that a run writes; set by ``conf/config.yaml``. Every host must see it."""
+    resume: str = "no"
+    """``no``, ``auto`` (the newest complete checkpoint of any run of this ``name``; a fresh run if there is none) or
+    the path of a checkpoint folder. A resumed run goes on in its old ``run_dir``."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

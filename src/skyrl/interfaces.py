@@ -92,22 +92,35 @@ class Verifier(Protocol):
 
 class RolloutPool(Protocol):
     def generate(self, request: RolloutRequest) -> list[Handle]:
-        """Handles of ``list[SampleGroup]``, one per worker, in the order of the rows."""
+        """Handles of ``list[SampleGroup]`` that together hold the rows in order. Returns at once."""
         ...
+
+    def wait(self, handles: list[Handle]) -> None: ...
 
 
 class RewardPool(Protocol):
-    def score(self, groups: list[Handle]) -> list[Handle]: ...
+    def score(self, groups: list[Handle]) -> list[Handle]:
+        """Handles of the scored groups. Returns at once; scoring starts as each input is ready."""
+        ...
+
+    def wait(self, handles: list[Handle]) -> None: ...
+
+    def evaluate(
+        self, groups: list[Handle], gallery: list[dict[str, Any]] | None, limit: int
+    ) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Metrics of evaluated groups and the report's gallery; see ``skyrl.evaluation.summarise``."""
+        ...
 
 
 class BufferService(Protocol):
     def exchange(self, groups: list[Handle], step: int, version: int) -> tuple[Handle, Metrics]:
-        """Add what is effective, draw, and assemble the handle of a ``TrainBatch``."""
+        """Add what is effective, draw, and assemble the handle of a ``TrainBatch``. The metrics also hold
+        ``rollout_samples`` and ``rollout_tokens``, the counts from which the controller computes throughput."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def save(self, path: Path) -> None: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load(self, path: Path) -> None: ...
 
 
 class LearnerPool(Protocol):

@@ -45,6 +45,7 @@ def _ranges(cfg: Config) -> Iterator[str]:
         "controller.steps": cfg.controller.steps,
         "checkpoint.keep": cfg.checkpoint.keep,
         "model.warm_start_steps": cfg.model.warm_start_steps,
+        "model.reward_body_steps": cfg.model.reward_body_steps,
         "model.reward_steps": cfg.model.reward_steps,
         "algorithm.mpo.pairs_per_prompt": cfg.algorithm.mpo.pairs_per_prompt,
     }
@@ -113,9 +114,9 @@ def _choices(cfg: Config) -> Iterator[str]:
         yield f"learner.zero_stage={cfg.learner.zero_stage}: must be 0, 1, 2 or 3"
     if cfg.data.source not in ("digits", "parquet"):
         yield f"data.source={cfg.data.source}: must be digits or parquet"
-    resume = cfg.checkpoint.resume
+    resume = cfg.resume
     if resume not in ("no", "auto") and not Path(resume).is_dir():
-        yield f"checkpoint.resume={resume}: must be no, auto, or the folder of a checkpoint; no such folder exists"
+        yield f"resume={resume}: must be no, auto, or the folder of a checkpoint; no such folder exists"
     if cfg.model.policy != "digits" and not Path(cfg.model.policy).is_dir():
         yield f"model.policy={cfg.model.policy}: must be digits or a Hugging Face folder; no such folder exists"
     if cfg.model.reward not in (None, "digits") and not Path(cfg.model.reward).is_dir():

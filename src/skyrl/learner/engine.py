@@ -22,6 +22,7 @@ from skyrl.data.packing import plan_micro_batches
 from skyrl.interfaces import Metrics
 from skyrl.learner.deepspeed_config import deepspeed_config, learning_rate
 from skyrl.learner.losses import MicroLoss, add_stats, micro_loss, pair_sums, reduce_stats
+from skyrl.learner.process_group import join_ranks
 from skyrl.models.freezing import freeze
 from skyrl.models.policy import PolicyModule, load_policy
 from skyrl.models.snapshot import parameters_of, take_snapshot
@@ -46,7 +47,7 @@ class DeepSpeedLearner:
         if on_gpu and not torch.cuda.is_available():
             raise SkyrlError("learner.device=cuda, but this process sees no CUDA device; use learner.device=cpu")
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", rank=rank, world_size=world_size)
+        join_ranks(cfg.learner.device, rank, world_size, cfg.controller.timeout)
         torch.manual_seed(cfg.controller.seed)
         self.encoder = PromptEncoder.from_pretrained(policy_folder)
         self.delta = RunningDelta()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ RECIPE_FILES = (
     "models/reward_model.py",
     "models/reward_training.py",
     "models/embedded.py",
-    "algorithms/hallucination.py",
+    "algorithms/reductions.py",
 )
 """A change in any of these makes other models, so their text is part of the key."""
 SCENES = 20_000
@@ -41,6 +42,7 @@ def recipe(cfg: ModelConfig) -> dict[str, object]:
     sources = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in RECIPE_FILES}
     return {
         "warm_start_steps": cfg.warm_start_steps,
+        "reward_body_steps": cfg.reward_body_steps,
         "reward_steps": cfg.reward_steps,
         "seed": cfg.seed,
         "sources": sources,
@@ -89,7 +91,8 @@ def _build(cfg: ModelConfig, folder: Path) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, refresh_per_second=2) as bar:
         first = bar.add_task("embedded policy: supervised warm start", total=cfg.warm_start_steps)
-        second = bar.add_task("embedded reward model: Bradley-Terry", total=cfg.reward_steps)
+        second = bar.add_task("embedded reward model: body", total=cfg.reward_body_steps)
+        third = bar.add_task("embedded reward model: Bradley-Terry", total=cfg.reward_steps)
 
         scenes = DigitScenes("train", SCENES, TEXT_SHARE, cfg.seed)
         warm_start(policy, encoder, scenes, cfg.warm_start_steps, lambda s, _n, _l: bar.update(first, completed=s))
@@ -97,8 +100,11 @@ def _build(cfg: ModelConfig, folder: Path) -> None:
         encoder.processor.save_pretrained(folder / "policy")
 
         scenes = DigitScenes("reward", SCENES, TEXT_SHARE, cfg.seed)
+        # The judge must see better than the judged: its body is the policy's, taught for longer.
+        body = copy.deepcopy(policy)
+        warm_start(body, encoder, scenes, cfg.reward_body_steps, lambda s, _n, _l: bar.update(second, completed=s))
         reward_model, accuracy = train_reward_model(
-            policy, encoder, scenes, cfg.reward_steps, cfg.seed, lambda s, _n, _l: bar.update(second, completed=s)
+            policy, body, encoder, scenes, cfg.reward_steps, cfg.seed, lambda s, _n, _l: bar.update(third, completed=s)
         )
         reward_model.save(folder / "reward")
     (folder / "reward" / "pair_accuracy.json").write_text(json.dumps({"held_out_pair_accuracy": accuracy}))

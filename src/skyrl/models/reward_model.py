@@ -10,36 +10,59 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from skyrl.algorithms.reductions import token_logprobs
 from skyrl.data.encode import EncodedBatch, PromptEncoder
 from skyrl.types import SampleGroup, SkyrlError
 
 HEAD_FILE = "reward_head.safetensors"
+LIKELIHOOD_SCALES = (0.1, 1.0, 0.2)
+"""Bring sum, mean and minimum of an answer's token log-probabilities to about the same size."""
 
 
 class RewardModel(nn.Module):
     """Scores whole answers; higher is better, the scale is free (Bradley-Terry).
 
     Args:
-        model: Hugging Face causal or image-text-to-text model; its language head is not used.
+        model: Hugging Face causal or image-text-to-text model.
         encoder: Chat template and processor of that model.
+        likelihood: Also give the head what the body's own language head thinks of the answer: the sum, the mean and the
+            smallest of its token log-probabilities. A small body learns from few pairs to judge by them, where the
+            last hidden state alone would need many more. Large reward models usually have this off.
     """
 
-    def __init__(self, model: Any, encoder: PromptEncoder) -> None:
+    def __init__(self, model: Any, encoder: PromptEncoder, likelihood: bool = False) -> None:
         super().__init__()
         self.model = model
         self.encoder = encoder
-        self.head = nn.Linear(model.get_input_embeddings().embedding_dim, 1)
+        self.likelihood = likelihood
+        hidden = model.get_input_embeddings().embedding_dim
+        self.head = nn.Linear(hidden + (len(LIKELIHOOD_SCALES) if likelihood else 0), 1)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+        if likelihood:
+            # A likelier answer starts as a better one; training decides how much that counts.
+            nn.init.ones_(self.head.weight[:, hidden:])
 
     def forward(self, batch: EncodedBatch) -> torch.Tensor:
-        """float32 [B]: the head applied to the last real token of each row."""
+        """float32 [B]: the head applied to the last real token of each row (and the likelihoods)."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.pictures
         ).last_hidden_state
         last = batch.attention_mask.sum(1) - 1
         pooled = hidden[torch.arange(len(last), device=hidden.device), last]
+        if self.likelihood:
+            pooled = torch.cat([pooled, self._likelihoods(hidden, batch).to(pooled.dtype)], dim=1)
         return self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
+
+    def _likelihoods(self, hidden: torch.Tensor, batch: EncodedBatch) -> torch.Tensor:
+        """[B, 3]: scaled sum, mean and minimum of the answer's token log-probabilities."""
+        mask = batch.answer_mask[:, 1:]
+        logits = self.model.get_output_embeddings()(hidden[:, :-1][mask])
+        flat = token_logprobs(logits, batch.input_ids[:, 1:][mask])[0]
+        table = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+        total = table.sum(1)
+        features = torch.stack([total, total / mask.sum(1), table.min(1).values], dim=1)
+        return features * torch.tensor(LIKELIHOOD_SCALES, device=flat.device)
 
     def save(self, folder: Path) -> None:
         """The body as a Hugging Face folder, the head beside it."""
@@ -59,8 +82,11 @@ class RewardModel(nn.Module):
         head = Path(folder) / HEAD_FILE
         if not head.is_file():
             raise SkyrlError(f"model.reward={folder} is no reward model: {HEAD_FILE} is missing there")
-        reward_model = cls(load_policy(folder, dtype), PromptEncoder.from_pretrained(folder))
-        reward_model.head.load_state_dict(load_file(head))
+        weights = load_file(head)
+        model = load_policy(folder, dtype)
+        likelihood = weights["weight"].shape[1] > model.get_input_embeddings().embedding_dim
+        reward_model = cls(model, PromptEncoder.from_pretrained(folder), likelihood)
+        reward_model.head.load_state_dict(weights)
         return reward_model.eval()
 
 

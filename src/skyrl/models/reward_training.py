@@ -1,13 +1,11 @@
 """Training of the embedded reward model on the warm-started policy's own samples.
 
-Two answers to one scene make a pair when one reasons more faithfully than the other: fewer of its statements
-about the picture and of its equations are false. Both the scene's digits and arithmetic are known, so the label
-is exact. The loss is Bradley-Terry: −log σ(r_θ(more faithful) − r_θ(less faithful)).
+Two answers to one scene make a pair when one reasons more faithfully than the other: fewer of its statements differ
+from what the scene's own digits give. The label is exact. The loss is Bradley-Terry: −log σ(r_θ(more faithful) − r_θ(less faithful)).
 """
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from skyrl.algorithms.hallucination import check_claims
 from skyrl.data.encode import PromptEncoder
-from skyrl.data.scenes import GRID, DigitScenes
+from skyrl.data.scenes import DigitScenes
 from skyrl.models.reward_model import RewardModel
 from skyrl.models.warm_start import learning_rate_factor, sample_answers
 from skyrl.types import Prompt
@@ -26,33 +23,40 @@ from skyrl.types import Prompt
 PROMPTS = 640
 ANSWERS = 4
 PAIRS_PER_STEP = 32
-PEAK_LR = 1e-3
-EQUATION = re.compile(r"(\d{1,3})([+-])(\d{1,3})=(\d{1,3})")
+PEAK_LR = 3e-4
+CLEAR = 3
+"""Errors by which two unfaithful answers must differ to make a pair."""
+STATEMENT = re.compile(r"[^,.<>]+")
 
 
-def reasoning_errors(prompt: Prompt, text: str) -> int:
-    """False or missing statements in an answer: digits misread or not named, wrong equations, no answer.
+def reasoning_errors(faithful: str, text: str) -> int:
+    """How many statements of an answer are not those of the faithful answer to the same scene.
 
-    Example: digits 31/41 read as ``31/47`` and ``3+1=5`` make 2 errors.
+    Both are cut into statements (what is seen, each step of the computation, the result). What is seen counts
+    once per digit. Missing and surplus statements count too.
+
+    Args:
+        faithful: From ``DigitScenes.with_reasoning``.
+        text: A policy's answer.
+
+    Example: ``I see 31/41. 3+1=4`` against ``I see 31/47. 3+1=5`` gives 2.
     """
-    errors = sum(not _holds(*match) for match in EQUATION.findall(text))
-    if prompt.images:
-        claims = check_claims(text, prompt.facts)
-        true = sum(claim.true for claim in claims)
-        errors += max(len(claims) - true, GRID * GRID - true)
-    return errors + ("</answer>" not in text)
-
-
-def _holds(left: str, sign: str, right: str, result: str) -> bool:
-    a, b = int(left), int(right)
-    return (a + b if sign == "+" else a - b) == int(result)
+    want, got = STATEMENT.findall(faithful), STATEMENT.findall(text)
+    errors = abs(len(want) - len(got))
+    for a, b in zip(want, got, strict=False):
+        if a.startswith("I see "):
+            errors += abs(len(a) - len(b)) + sum(x != y for x, y in zip(a, b, strict=False))
+        else:
+            errors += a.strip() != b.strip()
+    return errors
 
 
 def build_pairs(
     policy: Any, encoder: PromptEncoder, scenes: DigitScenes, seed: int
 ) -> list[tuple[Prompt, str, str]]:
     """(prompt, more faithful answer, less faithful answer) from the policy's own samples."""
-    prompts = [scenes[row] for row in range(PROMPTS)]
+    scenes_read = [scenes.with_reasoning(row) for row in range(PROMPTS)]
+    prompts = [prompt for prompt, _ in scenes_read]
     answers = [
         text
         for start in range(0, PROMPTS, 160)
@@ -61,24 +65,35 @@ def build_pairs(
         )
     ]
     pairs = []
-    for i, prompt in enumerate(prompts):
-        own = answers[i * ANSWERS : (i + 1) * ANSWERS]
-        ranked = sorted(own, key=lambda text: reasoning_errors(prompt, text))
-        for better, worse in ((ranked[0], ranked[-1]), (ranked[0], ranked[1]), (ranked[1], ranked[-1])):
-            if reasoning_errors(prompt, better) < reasoning_errors(prompt, worse):
+    for i, (prompt, faithful) in enumerate(scenes_read):
+        own = [(reasoning_errors(faithful, text), text) for text in answers[i * ANSWERS : (i + 1) * ANSWERS]]
+        ranked = sorted(own, key=lambda pair: pair[0])
+        for (few, better), (many, worse) in ((ranked[0], ranked[-1]), (ranked[0], ranked[1]), (ranked[1], ranked[-1])):
+            # Two answers that are both wrong in nearly as many places teach little but noise.
+            if few < many and (few == 0 or many - few >= CLEAR):
                 pairs.append((prompt, better, worse))
     return pairs
 
 
 def train_reward_model(
     policy: Any,
+    body: Any,
     encoder: PromptEncoder,
     scenes: DigitScenes,
     steps: int,
     seed: int,
     progress: Callable[[int, int, float], None],
 ) -> tuple[RewardModel, float]:
-    """Build and train the reward model; the body starts from the policy.
+    """Build and train the reward model.
+
+    Args:
+        policy: Whose samples are judged.
+        body: Where the reward model starts; it is trained in place.
+        encoder: Of both.
+        scenes: The ``reward`` split.
+        steps: Batches of 32 pairs.
+        seed: Of sampling and batches.
+        progress: Called with (step, steps, loss).
 
     Returns:
         The model and its share of rightly ordered pairs on a tenth of the pairs that it was not trained on.
@@ -86,7 +101,7 @@ def train_reward_model(
     pairs = build_pairs(policy, encoder, scenes, seed)
     held_out = max(1, len(pairs) // 10)
     train, test = pairs[held_out:], pairs[:held_out]
-    model = RewardModel(copy.deepcopy(policy), encoder)
+    model = RewardModel(body, encoder, likelihood=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     rng = np.random.default_rng(seed)
     model.train()

@@ -1,0 +1,159 @@
+"""The pools of ``interfaces.py``, implemented with Ray. Every call that can hang has a time limit."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from skyrl.config import Config, WeightSync
+from skyrl.interfaces import Handle, Metrics
+from skyrl.types import RolloutRequest, SkyrlError, SyncError
+
+GAP_LIMITS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
+"""Largest log-probability gap after a sync: measured 2e-6 in float32 and 5e-3 in bfloat16."""
+
+
+def fetch(handles: Any, timeout: float, what: str) -> Any:
+    """``ray.get`` with a limit.
+
+    Raises:
+        SkyrlError: if it is exceeded; the message names the phase and the setting.
+    """
+    try:
+        return ray.get(handles, timeout=timeout)
+    except ray.exceptions.GetTimeoutError as error:
+        raise SkyrlError(f"{what} took longer than controller.timeout={timeout:g} s") from error
+
+
+class RayRolloutPool:
+    """Spreads rows over the rollout actors."""
+
+    def __init__(self, actors: list[Any], cfg: Config) -> None:
+        self.actors, self.cfg = actors, cfg
+
+    def generate(self, request: RolloutRequest) -> list[Handle]:
+        """Handles of ``list[SampleGroup]`` in the order of the rows; returns at once."""
+        # Several handles per worker, so that every reward worker gets a share.
+        parts = -(-self.cfg.reward.num_workers // len(self.actors))
+        size = -(-len(request.rows) // len(self.actors))
+        handles: list[Handle] = []
+        for i, actor in enumerate(self.actors):
+            rows = request.rows[i * size : (i + 1) * size]
+            if rows:
+                made = actor.generate.options(num_returns=parts).remote(replace(request, rows=rows), parts)
+                handles += [made] if parts == 1 else made
+        return handles
+
+    def wait(self, handles: list[Handle]) -> None:
+        """Block until all are there, without fetching them; errors are raised."""
+        wait_for(handles, self.cfg.controller.timeout, "the rollout")
+
+
+class RayRewardPool:
+    """Deals groups to the reward actors in turn."""
+
+    def __init__(self, actors: list[Any], cfg: Config) -> None:
+        self.actors, self.cfg = actors, cfg
+
+    def score(self, groups: list[Handle]) -> list[Handle]:
+        """Handles of the scored groups; returns at once."""
+        return [self.actors[i % len(self.actors)].score.remote(handle) for i, handle in enumerate(groups)]
+
+    def wait(self, handles: list[Handle]) -> None:
+        wait_for(handles, self.cfg.controller.timeout, "the reward")
+
+    def evaluate(
+        self, groups: list[Handle], gallery: list[dict[str, Any]] | None, limit: int
+    ) -> tuple[Metrics, list[dict[str, Any]]]:
+        """Evaluation metrics of scored groups, and the gallery (see ``skyrl.evaluation.summarise``)."""
+        handle = self.actors[0].evaluate.remote(gallery, limit, *groups)
+        return fetch(handle, self.cfg.controller.timeout, "the evaluation")
+
+
+class RayBufferService:
+    """The one buffer actor."""
+
+    def __init__(self, actor: Any, cfg: Config) -> None:
+        self.actor, self.timeout = actor, cfg.controller.timeout
+
+    def exchange(self, groups: list[Handle], step: int, version: int) -> tuple[Handle, Metrics]:
+        batch, metrics = self.actor.exchange.options(num_returns=2).remote(step, version, *groups)
+        return batch, fetch(metrics, self.timeout, "the sample buffer")
+
+    def save(self, path: Path) -> None:
+        fetch(self.actor.save.remote(path), self.timeout, "saving the sample buffer")
+
+    def load(self, path: Path) -> None:
+        fetch(self.actor.load.remote(path), self.timeout, "loading the sample buffer")
+
+
+class RayLearnerPool:
+    """All learner ranks; every call goes to each of them."""
+
+    def __init__(self, actors: list[Any], cfg: Config) -> None:
+        self.actors, self.timeout = actors, cfg.controller.timeout
+
+    def _all(self, method: str, what: str, *args: Any) -> list[Any]:
+        return fetch([getattr(actor, method).remote(*args) for actor in self.actors], self.timeout, what)
+
+    def train_step(self, batch: Handle) -> Metrics:
+        return self._all("train_step", "the learner step", batch)[0]
+
+    def save(self, folder: Path) -> None:
+        self._all("save", "saving the learner", folder)
+
+    def load(self, folder: Path) -> None:
+        self._all("load", "loading the learner", folder)
+
+    def export(self, folder: Path) -> None:
+        self._all("export", "exporting the policy", folder)
+
+
+class RayWeightSyncer:
+    """Sends the learner's weights to every rollout actor and proves that they arrived."""
+
+    def __init__(self, learners: list[Any], rollouts: list[Any], cfg: Config) -> None:
+        self.learners, self.rollouts, self.cfg = learners, rollouts, cfg
+        limit = cfg.rollout.logprob_gap_limit
+        self.limit = GAP_LIMITS[cfg.model.dtype] if limit is None else limit
+
+    def sync(self, version: int) -> Metrics:
+        """See ``interfaces.WeightSyncer``."""
+        started = time.perf_counter()
+        timeout = self.cfg.controller.timeout
+        if self.cfg.rollout.weight_sync is WeightSync.shm:
+            snapshot = [learner.snapshot.remote(version) for learner in self.learners][0]
+            fetch([rollout.load_weights.remote(snapshot) for rollout in self.rollouts], timeout, "the weight sync")
+        else:
+            sends = [learner.send_weights.remote(self.rollouts, version) for learner in self.learners]
+            fetch(sends, timeout, "the weight sync")
+            fetch([rollout.finish_transfer.remote(version) for rollout in self.rollouts], timeout, "the weight sync")
+        gap = self.gap()
+        if not gap <= self.limit:
+            raise SyncError(
+                f"after weight sync {version} rollout and learner differ by {gap:.3g} in log-probability on the probe; "
+                f"rollout.logprob_gap_limit is {self.limit:g} for model.dtype={self.cfg.model.dtype}. "
+                "The rollout workers do not hold the learner's weights; nothing was trained on them"
+            )
+        return {"sync/logprob_gap": gap, "sync/seconds": time.perf_counter() - started}
+
+    def gap(self) -> float:
+        """The probe alone: what the rollout actors sample now, scored by the learner."""
+        probes = [rollout.probe.remote() for rollout in self.rollouts]
+        gaps = [learner.probe_gap.remote(*probes) for learner in self.learners]
+        return fetch(gaps, self.cfg.controller.timeout, "the sync probe")[0]
+
+
+def wait_for(handles: list[Handle], timeout: float, what: str) -> None:
+    """Block until all handles are ready, without moving their values here.
+
+    Raises:
+        SkyrlError: after ``timeout`` seconds.
+    """
+    _, pending = ray.wait(handles, num_returns=len(handles), timeout=timeout, fetch_local=False)
+    if pending:
+        raise SkyrlError(f"{what} took longer than controller.timeout={timeout:g} s")

@@ -1,0 +1,205 @@
+"""Ray itself: join or start it, place the actors, tie them into pools, and take everything down again."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from skyrl.actors.pools import (
+    RayBufferService,
+    RayLearnerPool,
+    RayRewardPool,
+    RayRolloutPool,
+    RayWeightSyncer,
+    fetch,
+)
+from skyrl.actors.workers import BufferActor, LearnerActor, RewardActor, RolloutActor
+from skyrl.config import Config
+from skyrl.controller import Pools
+from skyrl.types import ConfigError
+
+BUFFER_CPUS = 0.1
+REWARD_RESTARTS = 3
+"""A reward worker has no state, so Ray may start it again; any other loss ends the run, which a checkpoint resumes."""
+
+
+@dataclass(slots=True)
+class System:
+    """All actors of a run, ready."""
+
+    pools: Pools
+    rows: dict[str, int]
+    """Prompts per split."""
+    actors: list[Any]
+
+
+@contextmanager
+def ray_session(cfg: Config, namespace: str) -> Iterator[str]:
+    """Join ``cluster.address`` or ``$RAY_ADDRESS``, or start a local Ray; leave or stop it at the end.
+
+    Yields:
+        The dashboard's address, or "" if there is none.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        context = ray.init(address=address, **options)
+    else:
+        context = ray.init(
+            address="local",
+            num_cpus=cfg.cluster.num_cpus,
+            include_dashboard=cfg.cluster.dashboard,
+            dashboard_port=cfg.cluster.dashboard_port,
+            **options,
+        )
+    try:
+        yield context.dashboard_url or ""
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def start_system(cfg: Config, policy_folder: str, reward_folder: str | None) -> Iterator[System]:
+    """Start every actor side by side, wait until all are up, and kill them at the end.
+
+    Raises:
+        ConfigError: if the cluster can never place them.
+        SkyrlError: if they are not up within ``controller.timeout``.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    _check_resources(cfg, nodes)
+    placement = _Placement(cfg, nodes)
+    actors: list[Any] = []
+    try:
+        rollouts = _rollouts(cfg, placement, policy_folder, actors)
+        learners = _learners(cfg, placement, policy_folder, actors)
+        rewards = _rewards(cfg, placement, policy_folder, reward_folder, actors)
+        buffer = placement.actor(BufferActor, "sample-buffer", BUFFER_CPUS, 1, {}).remote(cfg)
+        actors.append(buffer)
+        timeout = cfg.controller.timeout
+        host, port = fetch(learners[0].address.remote(), timeout, "starting the learner")
+        starting = [learner.start.remote(host, port) for learner in learners]
+        fetch([actor.ready.remote() for actor in (*rewards, buffer)], timeout, "starting the reward workers")
+        rows = fetch(rollouts[0].sizes.remote(), timeout, "starting the rollout workers")
+        fetch([actor.sizes.remote() for actor in rollouts] + starting, timeout, "starting rollout and learner")
+        pools = Pools(
+            rollout=RayRolloutPool(rollouts, cfg),
+            reward=RayRewardPool(rewards, cfg),
+            buffer=RayBufferService(buffer, cfg),
+            learner=RayLearnerPool(learners, cfg),
+            syncer=RayWeightSyncer(learners, rollouts, cfg),
+        )
+        yield System(pools, rows, actors)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _rollouts(cfg: Config, placement: _Placement, policy_folder: str, actors: list[Any]) -> list[Any]:
+    from skyrl.rollout.environment import rollout_environment
+
+    rollout = cfg.rollout
+    env = rollout_environment(rollout, placement.threads(rollout.threads, rollout.num_workers))
+    gpus = rollout.tensor_parallel_size if rollout.device == "cuda" else 0
+    made = [
+        placement.actor(RolloutActor, f"rollout-{i}", rollout.num_cpus, rollout.num_workers, env, gpus).remote(
+            cfg, policy_folder
+        )
+        for i in range(rollout.num_workers)
+    ]
+    actors += made
+    return made
+
+
+def _learners(cfg: Config, placement: _Placement, policy_folder: str, actors: list[Any]) -> list[Any]:
+    learner = cfg.learner
+    threads = placement.threads(learner.threads, learner.num_workers)
+    gpus = 1 if learner.device == "cuda" else 0
+    env = {"OMP_NUM_THREADS": str(threads)}
+    if learner.device == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+    made = [
+        placement.actor(LearnerActor, f"learner-{rank}", learner.num_cpus, learner.num_workers, env, gpus).remote(
+            cfg, policy_folder, rank, threads
+        )
+        for rank in range(learner.num_workers)
+    ]
+    actors += made
+    return made
+
+
+def _rewards(
+    cfg: Config, placement: _Placement, policy_folder: str, reward_folder: str | None, actors: list[Any]
+) -> list[Any]:
+    reward = cfg.reward
+    threads = placement.threads(reward.threads, reward.num_workers)
+    gpus = 1 if reward.device == "cuda" and reward_folder is not None else 0
+    env = {"OMP_NUM_THREADS": str(threads)}
+    made = [
+        placement.actor(
+            RewardActor, f"reward-{i}", reward.num_cpus, reward.num_workers, env, gpus, restarts=REWARD_RESTARTS
+        ).remote(cfg, policy_folder, reward_folder, threads)
+        for i in range(reward.num_workers)
+    ]
+    actors += made
+    return made
+
+
+class _Placement:
+    """Ray options of an actor."""
+
+    def __init__(self, cfg: Config, nodes: list[dict[str, Any]]) -> None:
+        self.spread = cfg.cluster.spread and len(nodes) > 1
+        self.nodes = len(nodes)
+        self.cores = int(max(node["Resources"].get("CPU", 1) for node in nodes))
+
+    def threads(self, wanted: int, workers: int) -> int:
+        """``wanted``, or a node's cores shared by the workers of one kind that it holds."""
+        per_node = math.ceil(workers / self.nodes) if self.spread else workers
+        return wanted or max(1, self.cores // per_node)
+
+    def actor(
+        self, cls: type, name: str, cpus: float, workers: int, env: dict[str, str], gpus: float = 0, restarts: int = 0
+    ) -> Any:
+        env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | env
+        return ray.remote(cls).options(
+            name=name,
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=restarts,
+            max_task_retries=restarts,
+            scheduling_strategy="SPREAD" if self.spread else "DEFAULT",
+            runtime_env={"env_vars": env},
+        )
+
+
+def _check_resources(cfg: Config, nodes: list[dict[str, Any]]) -> None:
+    cpus = (
+        cfg.rollout.num_workers * cfg.rollout.num_cpus
+        + cfg.reward.num_workers * cfg.reward.num_cpus
+        + cfg.learner.num_workers * cfg.learner.num_cpus
+        + BUFFER_CPUS
+    )
+    gpus = 0
+    if cfg.rollout.device == "cuda":
+        gpus += cfg.rollout.num_workers * cfg.rollout.tensor_parallel_size
+    if cfg.learner.device == "cuda":
+        gpus += cfg.learner.num_workers
+    if cfg.reward.device == "cuda" and cfg.model.reward is not None:
+        gpus += cfg.reward.num_workers
+    for kind, need in (("CPU", cpus), ("GPU", gpus)):
+        have = sum(node["Resources"].get(kind, 0) for node in nodes)
+        if need > have:
+            raise ConfigError(
+                f"the actors need {need:g} {kind}s, the Ray cluster has {have:g}: lower rollout/reward/learner."
+                f"num_workers{' or .num_cpus' if kind == 'CPU' else ''}, or join more nodes"
+            )

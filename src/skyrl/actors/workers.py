@@ -1,0 +1,177 @@
+"""The actor classes. Each holds one plain object and forwards calls to it; nothing is decided here.
+
+Heavy libraries are imported inside ``__init__``: by then Ray has set the process's environment variables.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skyrl.config import Config
+from skyrl.interfaces import Metrics
+from skyrl.types import RolloutRequest, SampleGroup, SkyrlError, TrainBatch, WeightSnapshot
+
+
+class RolloutActor:
+    """One vLLM engine."""
+
+    def __init__(self, cfg: Config, policy_folder: str) -> None:
+        from skyrl.data.datasets import build_datasets
+        from skyrl.rollout.engine import VllmRolloutEngine
+
+        self.engine = VllmRolloutEngine(cfg, policy_folder, build_datasets(cfg.data))
+
+    def sizes(self) -> dict[str, int]:
+        """Rows per split."""
+        return {split: len(dataset) for split, dataset in self.engine.datasets.items()}
+
+    def generate(self, request: RolloutRequest, parts: int) -> Any:
+        """The groups, dealt into ``parts`` lists of neighbouring rows so that several reward workers can share them."""
+        groups = self.engine.generate(request)
+        bounds = np.linspace(0, len(groups), parts + 1).astype(int)
+        lists = [groups[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return lists[0] if parts == 1 else tuple(lists)
+
+    def load_weights(self, snapshot: WeightSnapshot) -> None:
+        self.engine.load_weights(snapshot)
+
+    def probe(self) -> list[SampleGroup]:
+        return self.engine.probe()
+
+    def transfer_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        self.engine.transfer_rpc(method, kwargs)
+
+    def finish_transfer(self, version: int) -> None:
+        self.engine.finish_transfer(version)
+
+
+class RewardActor:
+    """Verifiers, the format reward and, if there is one, the reward model."""
+
+    def __init__(self, cfg: Config, policy_folder: str, reward_folder: str | None, threads: int) -> None:
+        from skyrl.rewards.scorer import RewardScorer
+
+        model = None
+        if reward_folder is not None:
+            import torch
+
+            from skyrl.data.encode import PromptEncoder
+            from skyrl.models.reward_model import GroupScorer, RewardModel
+
+            torch.set_num_threads(threads)
+            body = RewardModel.load(reward_folder, cfg.model.dtype).to(cfg.reward.device)
+            model = GroupScorer(body, cfg.reward.model_batch, PromptEncoder.from_pretrained(policy_folder))
+        self.scorer = RewardScorer(cfg.reward, cfg.algorithm.grpo.std, model)
+
+    def ready(self) -> None:
+        """Answers once the actor is up."""
+
+    def score(self, groups: list[SampleGroup]) -> list[SampleGroup]:
+        return self.scorer.score(groups)
+
+    def evaluate(
+        self, gallery: list[dict[str, Any]] | None, limit: int, *parts: list[SampleGroup]
+    ) -> tuple[Metrics, list[dict[str, Any]]]:
+        from skyrl.evaluation import summarise
+
+        return summarise([group for part in parts for group in part], gallery, limit)
+
+
+class BufferActor:
+    """The Selective Sample Buffer and the assembly of train batches."""
+
+    def __init__(self, cfg: Config) -> None:
+        from skyrl.buffer.service import BufferService
+
+        self.service = BufferService(cfg.buffer, cfg.algorithm, cfg.controller.seed)
+
+    def ready(self) -> None:
+        """Answers once the actor is up."""
+
+    def exchange(self, step: int, version: int, *parts: list[SampleGroup]) -> tuple[TrainBatch, Metrics]:
+        from skyrl.rewards.scorer import reward_metrics
+
+        groups = [group for part in parts for group in part]
+        batch, metrics = self.service.exchange(groups, step, version)
+        samples = [sample for group in groups for sample in group.samples]
+        counts = {"rollout_samples": len(samples), "rollout_tokens": sum(len(s.token_ids) for s in samples)}
+        return batch, metrics | reward_metrics(groups) | counts
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(pickle.dumps(self.service.state_dict()))
+
+    def load(self, path: Path) -> None:
+        self.service.load_state_dict(pickle.loads(path.read_bytes()))
+
+
+class LearnerActor:
+    """One rank of the DeepSpeed learner."""
+
+    def __init__(self, cfg: Config, policy_folder: str, rank: int, threads: int) -> None:
+        self.cfg, self.policy_folder, self.rank, self.threads = cfg, policy_folder, rank, threads
+        self.learner: Any = None
+        self.sender: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """Host and a free port for the process group; asked of rank 0."""
+        import socket
+
+        import ray
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    def start(self, host: str, port: int) -> None:
+        """Join the process group and build the DeepSpeed engine; all ranks at the same time."""
+        import os
+
+        world = self.cfg.learner.num_workers
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port), RANK=str(self.rank), WORLD_SIZE=str(world))
+        # Ray shows each rank only its own GPU, which is therefore number 0.
+        os.environ["LOCAL_RANK"] = "0"
+        import torch
+
+        torch.set_num_threads(self.threads)
+        from skyrl.learner.engine import DeepSpeedLearner
+
+        self.learner = DeepSpeedLearner(self.cfg, self.policy_folder, self.rank, world)
+
+    def train_step(self, batch: TrainBatch) -> Metrics:
+        return self.learner.train_step(batch)
+
+    def probe_gap(self, *parts: list[SampleGroup]) -> float:
+        """Largest |log π_rollout − log π_learner| over the tokens of the probe."""
+        groups = [group for part in parts for group in part]
+        recorded = [sample.logprobs for group in groups for sample in group.samples]
+        own = self.learner.logprobs(groups)
+        gaps = [float(np.abs(a - b).max()) for a, b in zip(recorded, own, strict=True) if len(a)]
+        if not gaps:
+            raise SkyrlError("the sync probe has no tokens; raise rollout.probe_new_tokens")
+        # max() over Python floats would lose a nan, and a nan must not pass for a small gap.
+        return float(np.max(gaps))
+
+    def snapshot(self, version: int) -> WeightSnapshot | None:
+        return self.learner.snapshot(version)
+
+    def send_weights(self, rollouts: list[Any], version: int) -> None:
+        """Push weights by vLLM's own trainer side (nccl, ipc)."""
+        from skyrl.actors.gpu_sync import RolloutControl
+        from skyrl.rollout.gpu_transfer import VllmSender
+
+        if self.sender is None:
+            self.sender = VllmSender(self.cfg, RolloutControl(rollouts), self.learner.policy_parameters, self.rank)
+        self.sender.send()
+
+    def save(self, folder: Path) -> None:
+        self.learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.learner.load(folder)
+
+    def export(self, folder: Path) -> None:
+        self.learner.export(folder)

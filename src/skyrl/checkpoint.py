@@ -1,0 +1,124 @@
+"""Checkpoints of a run: written atomically, verified before they are trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from skyrl.types import SkyrlError
+
+logger = logging.getLogger(__name__)
+MANIFEST = "COMPLETE.json"
+STATE = "state.json"
+
+
+class Checkpoints:
+    """The folder ``run_dir/checkpoints``, one subfolder a step.
+
+    Args:
+        run_dir: The run's folder.
+        keep: Complete checkpoints kept.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.folder, self.keep = run_dir / "checkpoints", keep
+
+    @contextmanager
+    def writing(self, step: int, state: dict[str, Any]) -> Iterator[Path]:
+        """A temporary folder to save into; at the end it gets its manifest and its final name, and old ones go.
+
+        If the block raises, or the process dies within it, nothing that looks like a checkpoint is left.
+
+        Args:
+            step: Step that was finished.
+            state: The controller's own small state, written as JSON.
+        """
+        target = self.folder / f"step_{step:06d}"
+        temporary = self.folder / f".writing_{step:06d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        (temporary / STATE).write_text(json.dumps(state, indent=2))
+        manifest = {"step": step, "files": {name: _digest(temporary / name) for name in _files(temporary)}}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        for old in self.complete()[self.keep :]:
+            shutil.rmtree(old)
+
+    def complete(self) -> list[Path]:
+        """Folders that carry a manifest, newest first. Their content is not checked here."""
+        return sorted((p.parent for p in self.folder.glob(f"step_*/{MANIFEST}")), reverse=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The controller's state of a checkpoint."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return state
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        SkyrlError: naming what is missing or changed.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files: dict[str, str] = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SkyrlError(f"checkpoint {folder} has no readable {MANIFEST}: {error}") from error
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise SkyrlError(f"checkpoint {folder} is broken: {name} is missing")
+        if _digest(path) != digest:
+            raise SkyrlError(f"checkpoint {folder} is broken: {name} is not what was written")
+
+
+def find_checkpoint(resume: str, runs: Path) -> Path | None:
+    """The checkpoint that ``resume`` means.
+
+    Args:
+        resume: ``no``, ``auto`` or a checkpoint folder.
+        runs: Folder that holds the run folders of this name.
+
+    Returns:
+        A verified checkpoint, or None for ``no`` and for ``auto`` when there is none. Broken ones are named in the
+        log and skipped.
+
+    Raises:
+        SkyrlError: if an explicitly named checkpoint is broken.
+    """
+    if resume == "no":
+        return None
+    if resume != "auto":
+        verify(Path(resume))
+        return Path(resume)
+    manifests = runs.glob(f"*/checkpoints/step_*/{MANIFEST}")
+    for folder in sorted((p.parent for p in manifests), key=lambda p: (p / MANIFEST).stat().st_mtime, reverse=True):
+        try:
+            verify(folder)
+        except SkyrlError as error:
+            logger.warning("skipped: %s", error)
+            continue
+        return folder
+    for folder in sorted(runs.glob("*/checkpoints/step_*")):
+        if not (folder / MANIFEST).exists():
+            logger.warning("skipped: checkpoint %s has no %s", folder, MANIFEST)
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()

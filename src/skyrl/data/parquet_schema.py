@@ -1,0 +1,98 @@
+"""The columns of a Parquet file of prompts, and what is allowed in them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from skyrl.types import DataError
+
+TEXT = "string"
+PICTURES = "list of binary (PNG or JPEG files) or list of string (paths of such files)"
+REQUIRED = ("question", "answer", "verifier")
+COLUMNS = {
+    "id": TEXT,
+    "question": TEXT,
+    "answer": TEXT,
+    "verifier": TEXT,
+    "kind": TEXT,
+    "facts": TEXT,
+    "images": PICTURES,
+}
+MAY_BE_NULL = ("kind", "facts", "images")
+SELF_CHECKED = ("exact", "numeric", "choice")
+"""Verifiers whose truths are checked when a file is opened; they take microseconds and can't hang."""
+
+
+def check_schema(path: Path, schema: pa.Schema) -> None:
+    """Check that the required columns are there and that all known ones have a type that can be read.
+
+    Raises:
+        DataError: naming the file and the column; also for a name that looks like a misspelt known one.
+    """
+    for name in REQUIRED:
+        if name not in schema.names:
+            raise DataError(
+                f"{path}: column {name!r} is missing; got {', '.join(schema.names)}; needed: {', '.join(REQUIRED)}"
+            )
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: column {name!r} comes twice")
+        if name in COLUMNS:
+            kind = schema.field(name).type
+            fits = is_text(kind) if COLUMNS[name] == TEXT else is_pictures(kind)
+            if not fits:
+                raise DataError(f"{path}: column {name!r}: got type {kind}; allowed: {COLUMNS[name]}")
+        elif close := difflib.get_close_matches(name, set(COLUMNS) - set(schema.names), n=1, cutoff=0.8):
+            # Silently ignoring "image" would make a picture data set a text data set.
+            raise DataError(f"{path}: column {name!r} is unknown; did you mean {close[0]!r}? Rename or remove it")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """True for strings of any layout, also dictionary-encoded (pandas' categories)."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def plain_text(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text columns of any layout as the one layout that every pyarrow function takes; others as they are."""
+    return column.cast(pa.large_string()) if COLUMNS[name] == TEXT else column
+
+
+def is_pictures(kind: pa.DataType) -> bool:
+    """True for lists of picture files or of paths."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    item = kind.value_type
+    return is_text(item) or pa.types.is_binary(item) or pa.types.is_large_binary(item)
+
+
+def where(path: Path, row: int, column: str) -> str:
+    """How errors name a cell."""
+    return f"{path}, row {row}, column {column!r}"
+
+
+def short(value: Any) -> str:
+    """A cell's text as errors show it."""
+    return "null" if value is None else repr(value if len(value) <= 80 else value[:80] + "…")
+
+
+def json_object(text: str) -> Mapping[str, Any]:
+    """Parse a cell of the column ``facts``.
+
+    Raises:
+        DataError: if it is anything but a JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"got {short(text)}; allowed: a JSON object ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"got {short(text)}; allowed: a JSON object such as {{}}")
+    return value

@@ -1,0 +1,61 @@
+"""Picture files to arrays and back."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from skyrl.types import DataError
+
+FORMATS = ("PNG", "JPEG")
+WIDE_MODES = ("I", "F")
+"""Pillow's modes of more than 8 bits; its conversion to RGB cuts them off instead of scaling."""
+
+
+def decode_picture(content: bytes, where: str) -> np.ndarray:
+    """Decode a PNG or JPEG file.
+
+    A camera's orientation tag is applied. Transparent pixels are shown on white, as a page would show them.
+
+    Args:
+        content: The file's bytes.
+        where: How an error names the picture.
+
+    Returns:
+        uint8 [height, width, 3], RGB.
+
+    Raises:
+        DataError: for other formats, broken files and more than 8 bits per channel.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            if opened.mode.split(";")[0] in WIDE_MODES:
+                raise DataError(f"{where}: got a picture with more than 8 bits per channel; allowed: 8 bits")
+            picture = ImageOps.exif_transpose(opened)
+            if picture.has_transparency_data:
+                front = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front)
+            return np.array(picture.convert("RGB"))
+    # What Pillow's readers raise for broken files, between them.
+    except (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        begin = content[:8]
+        raise DataError(
+            f"{where}: got {len(content)} bytes that begin with {begin!r}; allowed: a PNG or JPEG file ({error})"
+        ) from error
+
+
+def encode_png(picture: np.ndarray, where: str) -> bytes:
+    """A PNG file of an RGB picture, uint8 [height, width, 3]; decoding gives the same array.
+
+    Raises:
+        DataError: for another type or shape.
+    """
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+        raise DataError(f"{where}: got a picture of {picture.dtype} {list(picture.shape)}; allowed: uint8 [h, w, 3]")
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    return file.getvalue()

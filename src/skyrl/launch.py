@@ -1,0 +1,113 @@
+"""``python -m skyrl.launch``: from the command line to a finished run.
+
+Hydra composes the settings, they become one typed :class:`skyrl.config.Config`, and only after it is found valid
+are Ray and the libraries behind it imported. So a mistake in a setting is reported within seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from skyrl.config import Config
+from skyrl.types import ConfigError, SkyrlError
+from skyrl.validation import validate
+
+INSTALLED_CONF = Path(__file__).parent / "conf"
+CONF = INSTALLED_CONF if INSTALLED_CONF.is_dir() else Path(__file__).parents[2] / "conf"
+
+logger = logging.getLogger("skyrl")
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+    ConfigStore.instance().store(name="config_schema", node=Config)
+    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    if not any(argument in ("--help", "-h", "--hydra-help") for argument in sys.argv[1:]):
+        try:
+            validate(compose_config(overrides))
+        except ConfigError as error:
+            print(f"wrong settings:\n{error}", file=sys.stderr)
+            sys.exit(2)
+    _hydra_main()
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """The typed configuration for these Hydra overrides, not yet validated.
+
+    Raises:
+        ConfigError: for an unknown key or group, or a value of the wrong type; it names the key and near misses.
+    """
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        try:
+            # Interpolations such as the run folder's date need Hydra's own job, so they stay unresolved here.
+            tree = hydra.compose("config", overrides=overrides)
+            return _to_config(tree)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error)) from error
+
+
+def _to_config(tree: DictConfig) -> Config:
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    return config
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message in a sentence or two, with the keys that are near a mistyped one."""
+    cause = error.__cause__ or error
+    text = "\n".join(line for line in str(error).splitlines() if "append to your config" not in line)
+    found = re.search(r"Could not override '([^']+)'", text)
+    key = found.group(1) if found else str(getattr(cause, "full_key", "") or "")
+    if found:
+        keys = [name for name, _ in _keys(OmegaConf.structured(Config))]
+        near = difflib.get_close_matches(key, keys, n=2, cutoff=0.8) or [k for k in keys if k.endswith("." + key.split(".")[-1])]
+        mend = f"; did you mean {' or '.join(near)}?" if near else "; `python -m skyrl.launch --cfg job` lists all keys"
+        if key not in keys:
+            return f"{key}: there is no such setting{mend}"
+    first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return f"{key}: {first}" if key and key not in first else text.strip()
+
+
+def _keys(tree: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name in tree:
+        value = tree._get_node(name)
+        path = f"{prefix}{name}"
+        found += _keys(value, path + ".") if isinstance(value, DictConfig) and not value._is_none() else [(path, value)]
+    return found
+
+
+@hydra.main(config_path=str(CONF.resolve()), config_name="config", version_base="1.3")
+def _hydra_main(tree: DictConfig) -> None:
+    config = _to_config(tree)
+    validate(config)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from skyrl.run import run
+
+    started = time.monotonic()
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: python -m skyrl.launch name={config.name} resume=auto", file=sys.stderr)
+        sys.exit(130)
+    except SkyrlError as error:
+        print(f"failed after {time.monotonic() - started:.0f} s: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

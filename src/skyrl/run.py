@@ -1,0 +1,104 @@
+"""One run, from a valid configuration to its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from skyrl.actors.gauges import RayGaugeSink
+from skyrl.actors.system import ray_session, start_system
+from skyrl.checkpoint import find_checkpoint, read_state
+from skyrl.config import Config, WandbMode
+from skyrl.controller import Controller
+from skyrl.data.stream import PromptStream
+from skyrl.interfaces import MetricSink
+from skyrl.models.embedded import embedded_models
+from skyrl.monitoring.records import read_metrics, write_json
+from skyrl.monitoring.report import write_report
+from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
+from skyrl.monitoring.summary import print_summary, write_summary
+from skyrl.types import SkyrlError
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: Config) -> dict[str, Any]:
+    """Train, evaluate, save and report.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        SkyrlError: whatever went wrong in an actor, with the actor's own message.
+    """
+    console = Console()
+    checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir).parent)
+    if checkpoint is not None:  # a resumed run goes on in its old folder
+        cfg = dataclasses.replace(cfg, run_dir=str(checkpoint.parents[1]))
+        console.print(f"resuming from {checkpoint}")
+    elif cfg.resume == "auto":
+        console.print("resume=auto: no complete checkpoint yet, a fresh run starts")
+    run_dir = Path(cfg.run_dir).resolve()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", cfg)
+    policy, reward = model_folders(cfg)
+    try:
+        with ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}") as dashboard:
+            if dashboard:
+                console.print(f"Ray dashboard: http://{dashboard}")
+            counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
+            console.print("starting {} rollout, {} reward and {} learner actors, 1 sample buffer".format(*counts))
+            with start_system(cfg, policy, reward) as system:
+                stream = PromptStream(system.rows["train"], cfg.data.seed)
+                with closing(_sinks(cfg, run_dir, checkpoint, console)) as sinks:
+                    controller = Controller(cfg, system.pools, stream, system.rows["eval"], sinks, run_dir)
+                    if checkpoint is not None:
+                        controller.restore(checkpoint)
+                    controller.run()
+    except ray.exceptions.RayTaskError as error:
+        raise _own_error(error) from error
+    except ray.exceptions.RayError as error:
+        raise SkyrlError(f"Ray: {error}") from error
+    history = read_metrics(run_dir / "metrics.jsonl")
+    seconds = controller.seconds_training
+    summary = write_summary(run_dir / "summary.json", history, config=cfg, seconds_training=seconds)
+    report = write_report(run_dir)
+    print_summary(summary, report, console)
+    return summary
+
+
+def model_folders(cfg: Config) -> tuple[str, str | None]:
+    """Folders of policy and reward model; builds the embedded ones if they are asked for and not cached."""
+    policy, reward = cfg.model.policy, cfg.model.reward
+    if "digits" in (policy, reward):
+        own_policy, own_reward = embedded_models(cfg.model)
+        policy = str(own_policy) if policy == "digits" else policy
+        reward = str(own_reward) if reward == "digits" else reward
+    return policy, reward
+
+
+def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console) -> Sinks:
+    step = read_state(checkpoint)["step"] if checkpoint is not None else None
+    sinks: list[MetricSink] = [JsonlSink(run_dir / "metrics.jsonl", resume_step=step)]
+    if cfg.monitoring.console:
+        sinks.append(ConsoleSink(cfg.controller.steps, console))
+    mode = wandb_mode(cfg.monitoring.wandb)
+    if mode is not WandbMode.off:
+        sinks.append(
+            WandbSink(run_dir, project=cfg.monitoring.wandb_project, name=cfg.name, mode=mode, config=cfg)
+        )
+    if cfg.monitoring.ray_metrics:
+        sinks.append(RayGaugeSink(f"{cfg.name}/{run_dir.name}"))
+    return Sinks(sinks)
+
+
+def _own_error(error: ray.exceptions.RayTaskError) -> SkyrlError:
+    """The error that the actor raised, if it is one of ours; else Ray's, with the actor's traceback."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, SkyrlError) else SkyrlError(str(error))

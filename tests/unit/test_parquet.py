@@ -1,0 +1,216 @@
+"""Prompts from Parquet files: what is read, and what is refused with which words."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from skyrl.data import parquet
+from skyrl.data.parquet import ParquetPrompts, main, write_parquet
+from skyrl.data.scenes import DigitScenes
+from skyrl.types import DataError, Prompt
+
+RED = np.full((2, 3, 3), (255, 0, 0), dtype=np.uint8)
+ROW: dict[str, Any] = {"question": "1+1?", "answer": "2", "verifier": "numeric"}
+
+
+def file_of(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+PNG = file_of(Image.fromarray(RED))
+
+
+def write(path: Path, rows: list[dict[str, Any]], types: dict[str, pa.DataType] | None = None) -> Path:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: pa.array([row.get(name) for row in rows], (types or {}).get(name)) for name in names}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def scenes(size: int, text_share: float = 0.0) -> list[Prompt]:
+    dataset = DigitScenes("train", size, text_share, 0)
+    return [dataset[row] for row in range(size)]
+
+
+def same(a: Prompt, b: Prompt) -> bool:
+    plain = all(getattr(a, n) == getattr(b, n) for n in ("id", "question", "answer", "verifier", "kind", "facts"))
+    return plain and len(a.images) == len(b.images) and all(map(np.array_equal, a.images, b.images))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    prompts = [*scenes(150, text_share=0.3), Prompt("two", "?", (RED, RED[:1]), "B", "choice", "mine")]
+    write_parquet(tmp_path / "p.parquet", prompts)
+    read = ParquetPrompts(tmp_path / "p.parquet")
+    assert len(read) == 151 and read.ids() == [prompt.id for prompt in prompts]
+    for row in np.random.default_rng(0).permutation(151).tolist():
+        assert same(read[row], prompts[row])
+        assert all(picture.dtype == np.uint8 and picture.flags.writeable for picture in read[row].images)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+
+
+def test_only_a_few_row_groups_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "p.parquet", scenes(200))
+    monkeypatch.setattr(parquet, "CACHED_BYTES", 1)
+    read = ParquetPrompts(tmp_path / "p.parquet")
+    assert [read[row].id for row in (0, 199, 64, 63)] == ["train/0", "train/199", "train/64", "train/63"]
+    assert len(read._groups) == 1
+
+
+def test_defaults(tmp_path: Path) -> None:
+    prompt = ParquetPrompts(write(tmp_path / "mine.parquet", [ROW, ROW]))[1]
+    assert same(prompt, Prompt("mine/1", "1+1?", (), "2", "numeric", "default", {}))
+
+
+def test_nulls_of_optional_columns_and_other_string_types(tmp_path: Path) -> None:
+    rows = [
+        ROW | {"kind": None, "facts": None, "images": None},
+        ROW | {"kind": "k", "facts": '{"a": 1}', "images": [PNG]},
+    ]
+    types = {
+        "question": pa.large_string(),
+        "verifier": pa.dictionary(pa.int8(), pa.string()),
+        "images": pa.large_list(pa.large_binary()),
+    }
+    read = ParquetPrompts(write(tmp_path / "m.parquet", rows, types))
+    assert same(read[0], Prompt("m/0", "1+1?", (), "2", "numeric"))
+    assert same(read[1], Prompt("m/1", "1+1?", (RED,), "2", "numeric", "k", {"a": 1}))
+
+
+def test_pictures_by_path_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "red.png").write_bytes(PNG)
+    path = write(tmp_path / "p.parquet", [ROW | {"images": ["pictures/red.png"]}, ROW])
+    read = ParquetPrompts(path)
+    assert np.array_equal(read[0].images[0], RED) and read[1].images == ()
+    (tmp_path / "pictures" / "red.png").unlink()
+    with pytest.raises(DataError, match=r"row 0, column 'images', picture 0: .*No such file"):
+        read[0]
+    with pytest.raises(
+        DataError, match=r"row 0, column 'images': picture 0: got 'pictures/red.png', and .* no such file"
+    ):
+        ParquetPrompts(path)
+
+
+def test_pictures_become_rgb(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (3, 2), (255, 0, 0, 0))
+    turned = Image.new("L", (3, 2), 7)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    files = [file_of(clear), file_of(turned, "JPEG", exif=exif), file_of(Image.new("1", (1, 1), 1))]
+    images = ParquetPrompts(write(tmp_path / "p.parquet", [ROW | {"images": files}]))[0].images
+    assert np.array_equal(images[0], np.full((2, 3, 3), 255))
+    assert images[1].shape == (3, 2, 3) and np.array_equal(images[2], np.full((1, 1, 3), 255))
+
+
+def test_limit_and_pickle(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "p.parquet", scenes(9))
+    read = pickle.loads(pickle.dumps(ParquetPrompts(tmp_path / "p.parquet", limit=4)))
+    assert len(read) == 4 and same(read[3], scenes(9)[3])
+    assert len(ParquetPrompts(tmp_path / "p.parquet", limit=40)) == 9
+    for row in (-1, 4):
+        with pytest.raises(DataError, match=f"row {row} does not exist; it has 4 rows"):
+            read[row]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": None}, "row 1, column 'question': got null; allowed: a text"),
+        ({"question": " \n"}, r"row 1, column 'question': got ' \\n'; allowed: a text that isn't empty"),
+        ({"answer": None}, "row 1, column 'answer': got null"),
+        ({"answer": "two"}, "row 1, column 'answer': the truth 'two' of a 'numeric' prompt is not a number"),
+        ({"verifier": "nummeric"}, "row 1, column 'verifier': unknown verifier 'nummeric'; allowed: exact, numeric"),
+        ({"facts": "{"}, r"row 1, column 'facts': got '\{'; allowed: a JSON object"),
+        ({"facts": "[1]"}, r"row 1, column 'facts': got '\[1\]'; allowed: a JSON object"),
+        ({"id": "a"}, "row 1, column 'id': got 'a', which is also that of row 0; allowed: unique ids"),
+        ({"id": None}, "row 1, column 'id': got null"),
+    ],
+)
+def test_broken_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    good = ROW | {"id": "a", "facts": "{}"}
+    path = write(tmp_path / "p.parquet", [good, good | {"id": "b"} | row])
+    with pytest.raises(DataError, match=f"^{path}, {message}"):
+        ParquetPrompts(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"GIF89a", "got 6 bytes that begin with b'GIF89a'; allowed: a PNG or JPEG file"),
+        (b"", "got 0 bytes"),
+        (PNG[:40], "got 40 bytes that begin with"),
+        (file_of(Image.new("I;16", (2, 2))), "got a picture with more than 8 bits per channel; allowed: 8 bits"),
+        (None, "got null; allowed: a picture"),
+    ],
+)
+def test_broken_pictures(
+    tmp_path: Path, content: bytes | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    types = {"images": pa.list_(pa.binary())}
+    path = write(tmp_path / "p.parquet", [ROW, ROW | {"images": [PNG, content]}], types)
+    read = ParquetPrompts(path)  # pictures are decoded when asked for
+    assert read[0].images == ()
+    with pytest.raises(DataError, match=f"^{path}, row 1, column 'images', picture 1: {message}"):
+        read[1]
+    assert main([str(path)]) == 1 and "row 1, column 'images'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"question": ["?"], "answer": ["2"]}, "column 'verifier' is missing; got question, answer; needed: question,"),
+        ({k: [v] for k, v in ROW.items()} | {"answer": [2]}, "column 'answer': got type int64; allowed: string"),
+        ({k: [v] for k, v in ROW.items()} | {"images": [PNG]}, "column 'images': got type binary; allowed: list of"),
+        ({k: [v] for k, v in ROW.items()} | {"image": [[PNG]]}, "column 'image' is unknown; did you mean 'images'?"),
+        ({k: pa.array([], pa.string()) for k in ROW}, "got 0 rows; allowed: 1 or more"),
+    ],
+)
+def test_wrong_columns(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match=message):
+        ParquetPrompts(tmp_path / "p.parquet")
+
+
+def test_files_that_are_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    for name in ("text", "absent", ""):
+        with pytest.raises(DataError, match=r"not a readable Parquet file"):
+            ParquetPrompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            Prompt("x", "?", (RED.astype(np.float32),), "1", "exact"),
+            r"prompt 'x': got a picture of float32 \[2, 3, 3\]",
+        ),
+        (Prompt("x", "?", (RED[:, :, 0],), "1", "exact"), r"uint8 \[2, 3\]; allowed: uint8 \[h, w, 3\]"),
+        (Prompt("x", "?", (), "1", "exact", facts={"a": {1}}), "prompt 'x': facts can't be written as JSON"),
+    ],
+)
+def test_prompts_that_cannot_be_written_leave_no_file(tmp_path: Path, prompt: Prompt, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        write_parquet(tmp_path / "p.parquet", [prompt])
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_parquet(tmp_path / "p.parquet", scenes(5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main([str(tmp_path / "p.parquet")]) == 0
+    assert "5 prompts with 5 pictures, no errors" in capsys.readouterr().out
+    assert main([]) == 2

@@ -1,0 +1,115 @@
+"""The digit scenes: no leak from training to evaluation, right answers, faithful reasoning."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from skyrl.algorithms.hallucination import check_claims
+from skyrl.data.scenes import DIGIT_PIXELS, GRID, PICTURE_KINDS, SCENE_PIXELS, TEXT_KIND, DigitScenes, digit_pool, solve
+from skyrl.rewards.format import extract_answer, format_reward
+from skyrl.rewards.verifiers import get_verifier
+from skyrl.types import DataError, Prompt
+
+ROWS = 400
+SPLITS = ("train", "eval", "reward")
+
+
+def handwriting(held_out: bool) -> set[bytes]:
+    return {picture.tobytes() for digit in digit_pool(held_out) for picture in digit}
+
+
+def tiles(picture: np.ndarray) -> list[bytes]:
+    """The four digits of a scene as the 8×8 pictures they were made from."""
+    small = picture[::2, ::2, 0]
+    side = DIGIT_PIXELS // 2
+    return [small[r : r + side, c : c + side].tobytes() for r in (0, side) for c in (0, side)]
+
+
+def truth(prompt: Prompt) -> int:
+    """The answer, computed from the question and the facts by other means than ``solve``."""
+    numbers = [int(n) for n in re.findall(r"\d+", prompt.question.split("?")[0])]
+    if not prompt.images:
+        return sum(numbers)
+    grid = np.array(prompt.facts["grid"])
+    return int(
+        {
+            "sum": grid.sum(),
+            "max": grid.max(),
+            "min": grid.min(),
+            "count": (grid == (numbers or [-1])[0]).sum(),
+            "row_difference": np.ptp(grid.sum(axis=1)),
+        }[prompt.kind]
+    )
+
+
+def test_held_out_digits_are_in_no_training_scene() -> None:
+    training, held_out = handwriting(False), handwriting(True)
+    assert not training & held_out
+    assert len(held_out) == pytest.approx(0.2 * 1797, abs=10) and len(training) > 1400
+    for split in SPLITS:
+        own = held_out if split == "eval" else training
+        for row in range(60):
+            assert all(tile in own for tile in tiles(DigitScenes(split, 60, 0.0, 0)[row].images[0])), (split, row)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_pictures_show_the_facts(split: str) -> None:
+    labelled = {p.tobytes(): digit for digit, ps in enumerate(digit_pool(split == "eval")) for p in ps}
+    for row in range(60):
+        prompt = DigitScenes(split, 60, 0.0, 1)[row]
+        assert prompt.images[0].shape == (SCENE_PIXELS, SCENE_PIXELS, 3) and prompt.images[0].dtype == np.uint8
+        shown = np.array([labelled[tile] for tile in tiles(prompt.images[0])]).reshape(GRID, GRID)
+        assert shown.tolist() == prompt.facts["grid"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_are_right_and_reasoning_is_faithful(split: str) -> None:
+    scenes = DigitScenes(split, ROWS, 0.15, 2)
+    for row in range(ROWS):
+        prompt, text = scenes.with_reasoning(row)
+        assert int(prompt.answer) == truth(prompt), prompt
+        assert extract_answer(text) == prompt.answer and format_reward(text) == 1.0
+        assert get_verifier(prompt.verifier)(prompt.answer, prompt.answer) == 1.0
+        assert get_verifier(prompt.verifier)(str(truth(prompt) + 1), prompt.answer) == 0.0
+        claims = check_claims(text, prompt.facts)
+        assert len(claims) == (GRID * GRID if prompt.images else 0) and all(claim.true for claim in claims)
+        for left, result in re.findall(r"([\d+-]+)=(\d+)", text):
+            a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)", left).groups()  # type: ignore[union-attr]
+            assert (int(a) + int(b) if sign == "+" else int(a) - int(b)) == int(result), text
+
+
+def test_every_kind_appears_in_its_share() -> None:
+    scenes = DigitScenes("train", 2000, 0.15, 0)
+    kinds = Counter(scenes[row].kind for row in range(2000))
+    assert set(kinds) == {*PICTURE_KINDS, TEXT_KIND}
+    assert kinds[TEXT_KIND] / 2000 == pytest.approx(0.15, abs=0.03)
+    for kind in PICTURE_KINDS:
+        assert kinds[kind] / 2000 == pytest.approx(0.17, abs=0.03)
+    assert all(DigitScenes("train", 50, 1.0, 0)[row].images == () for row in range(50))
+    assert all(DigitScenes("train", 50, 0.0, 0)[row].images for row in range(50))
+
+
+def test_a_row_depends_on_seed_split_and_number_only() -> None:
+    def look(prompt: Prompt) -> tuple[object, ...]:
+        return prompt.question, prompt.answer, prompt.facts, [picture.tobytes() for picture in prompt.images]
+
+    scenes = DigitScenes("train", 100, 0.15, 0)
+    backwards = [look(scenes[row]) for row in reversed(range(100))][::-1]
+    assert backwards == [look(DigitScenes("train", 5000, 0.15, 0)[row]) for row in range(100)]
+    for other in (DigitScenes("train", 100, 0.15, 1), DigitScenes("eval", 100, 0.15, 0)):
+        assert sum(look(other[row]) == backwards[row] for row in range(100)) < 10
+    assert [scenes[row].id for row in (0, 99)] == ["train/0", "train/99"]
+
+
+def test_what_does_not_exist() -> None:
+    with pytest.raises(DataError, match="unknown split 'test' of the digit scenes; allowed"):
+        DigitScenes("test", 5, 0.1, 0)
+    for row in (-1, 5):
+        with pytest.raises(DataError, match=f"row {row} of split 'train' does not exist; it has 5 rows"):
+            DigitScenes("train", 5, 0.1, 0)[row]
+    with pytest.raises(DataError, match="unknown kind of question 'mean'"):
+        solve("mean", [[1, 2], [3, 4]], 1)
