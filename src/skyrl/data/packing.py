@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skyrl.types import PreferencePair
+from skyrl.types import PreferencePair, TrainItem
 
 MicroBatch = list[int]
 """Indices into ``TrainBatch.items``."""
@@ -15,7 +15,7 @@ def plan_micro_batches(
 
     Both members of a preference pair stay in one micro-batch, so that the preference loss needs no second
     forward pass. Every rank gets the same number of micro-batches, because forward passes are collective under
-    ZeRO-3; a rank that has fewer is filled up with empty ones, which the learner runs with weight 0.
+    ZeRO-3; a rank that has fewer is filled up with empty ones (see :func:`ghost_row`).
 
     Args:
         lengths: Prompt plus answer tokens of each item.
@@ -51,3 +51,24 @@ def plan_micro_batches(
                 plan[rank].append(sorted(unit, key=lambda i: -lengths[i]))
     most = max((len(part) for part in plan), default=0)
     return [part + [[] for _ in range(most - len(part))] for part in plan]
+
+
+def ghost_row(items: list[TrainItem], part: MicroBatch) -> int | None:
+    """The item to run beside ``part`` with weight 0, or None if none is needed.
+
+    Every forward pass of a step must run the same modules: under ZeRO-3 the passes are collective module by module,
+    and in every stage a gradient that only some ranks have would be averaged with another parameter's. So a
+    micro-batch that is empty, or has no picture in a step with pictures, gets a ghost: the step's shortest item with
+    a picture (the shortest item if the step has no picture).
+
+    Args:
+        items: The items of the whole step, at least one.
+        part: One micro-batch of the plan.
+
+    Returns:
+        An index into ``items``.
+    """
+    pictured = [i for i, item in enumerate(items) if item.prompt.images]
+    if part and (not pictured or any(items[i].prompt.images for i in part)):
+        return None
+    return min(pictured or range(len(items)), key=lambda i: len(items[i].prompt_ids) + len(items[i].sample.token_ids))

@@ -9,7 +9,7 @@ from skyrl.config import LearnerConfig, Schedule
 
 
 def deepspeed_config(cfg: LearnerConfig, dtype: str) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` takes.
+    """What ``deepspeed.initialize`` takes, for a model of ``dtype`` (a torch name).
 
     Losses come normalised over the whole step, so accumulation steps stay at 1 here and the learner sets
     the accumulation boundary itself.
@@ -25,14 +25,16 @@ def deepspeed_config(cfg: LearnerConfig, dtype: str) -> dict[str, Any]:
                 "lr": cfg.lr,
                 "betas": list(cfg.betas),
                 "weight_decay": cfg.weight_decay,
-                # DeepSpeed's own CPU Adam would be compiled at the first start.
-                "torch_adam": cfg.device == "cpu",
+                # DeepSpeed's own Adams would be compiled at the first start, which needs a compiler or nvcc.
+                "torch_adam": True,
             },
         },
         "steps_per_print": 10**9,
     }
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
+        if cfg.zero_stage > 0:  # stage 0 can accumulate in the model's type only
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif dtype == "float16":
         config["fp16"] = {"enabled": True}
     return config

@@ -6,6 +6,7 @@ and backward pass per micro-batch that serves GRPO and MPO together, and one opt
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 from skyrl.algorithms.mpo import RunningDelta
-from skyrl.algorithms.objective import finalise
+from skyrl.algorithms.objective import finalise, merge_stats
 from skyrl.config import Config
 from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.data.packing import plan_micro_batches
+from skyrl.data.packing import MicroBatch, ghost_row, plan_micro_batches
 from skyrl.interfaces import Metrics
 from skyrl.learner.deepspeed_config import deepspeed_config, learning_rate
-from skyrl.learner.losses import MicroLoss, add_stats, micro_loss, pair_sums, reduce_stats
+from skyrl.learner.losses import micro_loss, pair_sums, reduce_stats
 from skyrl.learner.process_group import join_ranks
 from skyrl.models.freezing import freeze
 from skyrl.models.policy import PolicyModule, load_policy
@@ -38,7 +39,11 @@ class DeepSpeedLearner:
         cfg: The whole configuration.
         policy_folder: Hugging Face folder of the starting policy, which is also the reference policy π_0.
         rank: This rank.
-        world_size: ``learner.num_workers``. The process group must be reachable through MASTER_ADDR and MASTER_PORT.
+        world_size: ``learner.num_workers``. The ranks meet at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: if ``learner.trainable`` names modules that the policy lacks, or its architecture is not supported.
+        SkyrlError: if ``learner.device=cuda`` and this process sees no such device.
     """
 
     def __init__(self, cfg: Config, policy_folder: str, rank: int, world_size: int) -> None:
@@ -56,9 +61,9 @@ class DeepSpeedLearner:
         freeze(module.model.named_parameters(), cfg.learner.trainable)
         if cfg.learner.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})
-        trained = [p for p in module.parameters() if p.requires_grad]
-        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=settings)
-        self.engine.train()
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=self.trained, config=settings)
+        self._without_dropout()
         self.reference = self._reference(policy_folder, settings) if self.needs_reference else None
 
     @property
@@ -67,12 +72,16 @@ class DeepSpeedLearner:
         return self.cfg.algorithm.mpo.weight > 0 or self.cfg.algorithm.grpo.kl_weight > 0
 
     def _module(self, folder: str) -> PolicyModule:
-        model = load_policy(folder, self.cfg.model.dtype).to(self.device)
-        for part in model.modules():  # dropout would make the ratio differ from 1 on the first step
-            if isinstance(part, torch.nn.Dropout):
-                part.p = 0.0
+        model = load_policy(folder, self.cfg.model.dtype)
         module = PolicyModule(model, self.encoder.forbidden_token_ids(), self.cfg.rollout.temperature)
         return module.to(self.device)
+
+    def _without_dropout(self) -> None:
+        """Evaluation mode: dropout would make the ratio differ from 1 on the first step."""
+        self.engine.eval()
+        for part in self.engine.module.modules():
+            if getattr(part, "gradient_checkpointing", False):
+                part.training = True  # transformers checkpoints layers in training mode only
 
     def _reference(self, folder: str, settings: dict[str, Any]) -> torch.nn.Module:
         module = self._module(folder).requires_grad_(False).eval()
@@ -90,6 +99,9 @@ class DeepSpeedLearner:
         Returns:
             Metrics over all ranks (the same on each). An empty batch trains nothing and says so by
             ``learner/tokens`` 0.
+
+        Raises:
+            SkyrlError: on every rank, if the loss or the gradient is not finite. The policy is left as it was.
         """
         if not batch.items:
             return {"learner/tokens": 0.0, "learner/micro_batches": 0.0, "mpo/pairs": 0.0}
@@ -98,85 +110,116 @@ class DeepSpeedLearner:
         mine = plan[self.rank]
         encoded = [self._encode(batch, part) for part in mine]
         references = [self._reference_logprobs(rows, part, batch) for rows, part in zip(encoded, mine, strict=True)]
-        if batch.pairs:
-            sums = [pair_sums(batch, part, ref, self.cfg.algorithm.mpo.beta) for part, ref in zip(mine, references)]
-            self.delta.update(self._sum_over_ranks(sum(sums)) / (2 * len(batch.pairs)))
-        lr = learning_rate(self.cfg.learner, batch.step, self.cfg.controller.steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        stats: dict[str, torch.Tensor] = {}
+        self._update_delta(batch, mine, references)
+        stats = []
         for i, (rows, part, reference) in enumerate(zip(encoded, mine, references, strict=True)):
             self.engine.set_gradient_accumulation_boundary(i == len(mine) - 1)
-            add_stats(stats, self._backward(batch, rows, part, reference))
-        self.engine.step()
-        return self._metrics(batch, stats, lr, len(mine))
-
-    def _encode(self, batch: TrainBatch, part: list[int]) -> EncodedBatch:
-        # An empty micro-batch keeps the collective calls in step: it runs one row and its loss is multiplied by 0.
-        rows = [batch.items[i] for i in part or [0]]
-        return self.encoder.collate([(r.prompt, r.prompt_ids, r.sample.token_ids) for r in rows]).to(self.device)
-
-    @torch.no_grad()
-    def _reference_logprobs(self, rows: EncodedBatch, part: list[int], batch: TrainBatch) -> torch.Tensor | None:
-        """log π_0 of the micro-batch's answer tokens [N], or None if nothing in the whole step needs them."""
-        if self.reference is None or not (batch.pairs or self.cfg.algorithm.grpo.kl_weight > 0):
-            return None
-        paired = {i for pair in batch.pairs for i in (pair.chosen, pair.rejected)}
-        needed = [self.cfg.algorithm.grpo.kl_weight > 0 or i in paired for i in part]
-        if self.cfg.learner.zero_stage < 3 and not any(needed):
-            return None
-        if self.cfg.learner.zero_stage == 3 or all(needed):
-            return self.reference(rows)[0]
-        # Pair members only: the others' entries are never read.
-        keep = [k for k, flag in enumerate(needed) if flag]
-        items = [batch.items[part[k]] for k in keep]
-        some = self.encoder.collate([(r.prompt, r.prompt_ids, r.sample.token_ids) for r in items]).to(self.device)
-        kept_rows = torch.zeros(len(part), dtype=torch.bool, device=self.device)
-        kept_rows[keep] = True
-        token_rows = rows.answer_mask.nonzero()[:, 0]
-        filled = torch.zeros(len(token_rows), device=self.device)
-        filled[kept_rows[token_rows]] = self.reference(some)[0]
-        return filled
-
-    def _backward(
-        self, batch: TrainBatch, rows: EncodedBatch, part: list[int], reference: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        logprobs, entropy = self.engine(rows, with_entropy=True)
-        if part:
-            result = micro_loss(batch, part, logprobs, entropy, reference, self.delta.value, self.cfg.algorithm)
-        else:
-            result = MicroLoss(logprobs.sum() * 0.0, {})
-        # DeepSpeed averages gradients over ranks; the loss is already normalised over the whole step.
-        self.engine.backward(result.loss * self.world_size)
-        return result.stats
-
-    def _metrics(self, batch: TrainBatch, stats: dict[str, torch.Tensor], lr: float, micro_batches: int) -> Metrics:
-        totals = reduce_stats(stats, self.device, self.world_size)
-        entropy, tokens = totals.pop("entropy"), totals.pop("tokens")
-        gap = totals.pop("fresh_gap_max")
+            stats.append(self._backward(batch, rows, part, reference))
+        totals = reduce_stats(merge_stats(stats), self.device, self.world_size)
         metrics = finalise(
             totals, self.cfg.algorithm, batch.grpo_samples, batch.grpo_tokens, len(batch.pairs), self.delta.value
         )
+        # Before the optimizer sees the gradient. The metrics are sums over ranks, so all of them stop here.
+        self._require_finite(batch.step, "loss", metrics.get("loss/total", 0.0))
+        lr = learning_rate(self.cfg.learner, batch.step, self.cfg.controller.steps)
         return metrics | {
-            "learner/grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "learner/grad_norm": self._update(batch.step, lr),
             "learner/lr": lr,
-            "learner/entropy": entropy / tokens,
-            "learner/tokens": tokens,
-            "learner/micro_batches": float(micro_batches * self.world_size),
-            "learner/logprob_gap_fresh": gap,
+            "learner/entropy": totals["entropy"] / totals["tokens"],
+            "learner/tokens": totals["tokens"],
+            "learner/micro_batches": float(len(mine)),
+            "learner/logprob_gap_fresh": totals["fresh_gap_max"],
         }
 
-    def _sum_over_ranks(self, value: float) -> float:
-        total = torch.tensor([float(value)], dtype=torch.float64, device=self.device)
+    def _encode(self, batch: TrainBatch, part: MicroBatch) -> EncodedBatch:
+        ghost = ghost_row(batch.items, part)
+        rows = [batch.items[i] for i in (part if ghost is None else [*part, ghost])]
+        return self.encoder.collate([(r.prompt, r.prompt_ids, r.sample.token_ids) for r in rows]).to(self.device)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, rows: EncodedBatch, part: MicroBatch, batch: TrainBatch) -> torch.Tensor | None:
+        """log π_0 of the micro-batch's answer tokens [N], or None if nothing in the whole step needs them."""
+        with_kl = self.cfg.algorithm.grpo.kl_weight > 0
+        if self.reference is None or not (batch.pairs or with_kl):
+            return None
+        tokens = sum(len(batch.items[i].sample.token_ids) for i in part)
+        paired = {i for pair in batch.pairs for i in (pair.chosen, pair.rejected)}
+        keep = [k for k, i in enumerate(part) if with_kl or i in paired]
+        if self.cfg.learner.zero_stage == 3 or (part and len(keep) == len(part)):
+            return self.reference(rows)[0][:tokens]  # collective under ZeRO-3, so it can't be left out
+        filled = torch.zeros(tokens, device=self.device)
+        if keep:  # pair members only: the others' entries are never read
+            kept_rows = torch.zeros(len(rows.input_ids), dtype=torch.bool, device=self.device)
+            kept_rows[keep] = True
+            items = [batch.items[part[k]] for k in keep]
+            some = self.encoder.collate([(r.prompt, r.prompt_ids, r.sample.token_ids) for r in items])
+            token_rows = rows.answer_mask.nonzero()[:tokens, 0]
+            filled[kept_rows[token_rows]] = self.reference(some.to(self.device))[0]
+        return filled
+
+    def _update_delta(
+        self, batch: TrainBatch, mine: list[MicroBatch], references: list[torch.Tensor | None]
+    ) -> None:
+        if not batch.pairs:
+            return
+        beta = self.cfg.algorithm.mpo.beta
+        own = sum(pair_sums(batch, part, ref, beta) for part, ref in zip(mine, references, strict=True))
+        total = torch.tensor([own], dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
-        return float(total)
+        mean = float(total) / (2 * len(batch.pairs))
+        self._require_finite(batch.step, "mean implicit reward", mean)
+        self.delta.update(mean)
+
+    def _backward(
+        self, batch: TrainBatch, rows: EncodedBatch, part: MicroBatch, reference: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        logprobs, entropy = self.engine(rows, with_entropy=True)
+        tokens = sum(len(batch.items[i].sample.token_ids) for i in part)
+        # A ghost row's tokens come last; they join the graph and weigh nothing.
+        loss, stats = logprobs[tokens:].sum() * 0.0, {}
+        if part:
+            real = micro_loss(
+                batch, part, logprobs[:tokens], entropy[:tokens], reference, self.delta.value, self.cfg.algorithm
+            )
+            loss, stats = loss + real.loss, real.stats
+        if loss.requires_grad:  # else nothing of the step reaches a trained module: an adapter without any picture
+            # DeepSpeed averages gradients over ranks; the loss is already normalised over the whole step.
+            self.engine.backward(loss * self.world_size)
+        self._has_gradient = loss.requires_grad
+        return stats
+
+    def _update(self, step: int, lr: float) -> float:
+        """Optimizer step; returns the norm of the whole gradient before clipping."""
+        if not self._has_gradient:
+            return 0.0
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.cfg.learner.zero_stage == 0 and self.cfg.model.dtype == "float32":
+            # Here DeepSpeed neither reports the norm nor refuses a gradient that is not finite.
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
+            self._require_finite(step, "gradient norm", norm)
+            self.engine.step()
+            return norm
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if self.cfg.model.dtype != "float16":  # float16 has a loss scale that is found by stepping over overflows
+            self._require_finite(step, "gradient norm", norm if self.engine.was_step_applied() else math.inf)
+        return norm
+
+    def _require_finite(self, step: int, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise SkyrlError(
+                f"step {step}: the {what} is {value}, so the policy was not updated; continue from the last checkpoint "
+                "with a smaller learner.lr, or look at the batch for log-probabilities that are not finite"
+            )
 
     # ------------------------------------------------------------ weights and probe
 
     @torch.no_grad()
     def logprobs(self, groups: list[SampleGroup]) -> list[np.ndarray]:
-        """log π_θ float32 [T] of every sample of the groups, in order. Collective under ZeRO-3."""
+        """log π_θ float32 [T] of every sample of the groups, in order. Collective under ZeRO-3: every rank must
+        call it with the same groups."""
         rows = [(g.prompt, g.prompt_ids, s.token_ids) for g in groups for s in g.samples]
         flat = self.engine.module(self.encoder.collate(rows).to(self.device))[0].float().cpu().numpy()
         return np.split(flat, np.cumsum([len(ids) for _, _, ids in rows])[:-1])

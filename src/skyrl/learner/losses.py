@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +11,18 @@ import torch.distributed as dist
 
 from skyrl.algorithms.grpo import grpo_loss
 from skyrl.algorithms.mpo import implicit_reward_sum, mpo_loss
-from skyrl.algorithms.objective import combine
+from skyrl.algorithms.objective import MAX_SUFFIX, combine
 from skyrl.config import Aggregation, AlgorithmConfig
-from skyrl.types import PreferencePair, TrainBatch
+from skyrl.types import PreferencePair, SkyrlError, TrainBatch
 
 STAT_NAMES = (
     *("grpo_loss", "grpo_tokens", "grpo_clipped", "grpo_ratio", "grpo_kl_behaviour", "grpo_kl_reference"),
     *("mpo_loss", "mpo_preference", "mpo_quality", "mpo_generation", "mpo_margin", "mpo_correct"),
     *("mpo_chosen_reward", "mpo_rejected_reward", "mpo_pairs", "entropy", "tokens"),
+    *("grpo_ratio_max", "fresh_gap_max"),
 )
-MAX_NAMES = ("grpo_ratio_max", "fresh_gap_max")
+"""Every statistic of a step, in the order in which ranks exchange them; the convention of
+:mod:`skyrl.algorithms.grpo` says which are sums and which maxima."""
 
 
 @dataclass(slots=True)
@@ -53,7 +56,6 @@ def micro_loss(
     items = [batch.items[i] for i in part]
     lengths = [len(item.sample.token_ids) for item in items]
     behaviour_flat = torch.from_numpy(np.concatenate([item.sample.logprobs for item in items])).to(logprobs.device)
-    # -inf is a legal value of masked positions only, so nothing here may be hidden by it.
     current, mask = _rows(logprobs, lengths)
     behaviour, _ = _rows(behaviour_flat, lengths)
     references = None if reference is None else _rows(reference, lengths)[0]
@@ -92,7 +94,7 @@ def micro_loss(
         )
         stats |= mpo_stats
     fresh = torch.tensor([not item.replayed for item in items], device=logprobs.device).unsqueeze(1) & mask
-    gap = ((current - behaviour).abs() * fresh).max().detach().double()
+    gap = (current - behaviour).detach().abs().masked_fill(~fresh, 0.0).max().double()
     stats |= {
         "entropy": entropy.detach().double().sum(),
         "tokens": torch.tensor(float(sum(lengths)), dtype=torch.float64, device=logprobs.device),
@@ -139,28 +141,25 @@ def _rows(flat: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.T
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat), mask
 
 
-def add_stats(total: dict[str, torch.Tensor], part: dict[str, torch.Tensor]) -> None:
-    """Add one micro-batch's statistics to the step's, in place."""
-    for name, value in part.items():
-        if name not in total:
-            total[name] = value
-        else:
-            total[name] = torch.maximum(total[name], value) if name in MAX_NAMES else total[name] + value
+def reduce_stats(stats: Mapping[str, torch.Tensor], device: torch.device, world_size: int) -> dict[str, float]:
+    """Statistics of a step over all ranks, from those of each: sums add, ``…_max`` take the maximum.
 
+    A name that no rank has is left out. Collective if ``world_size`` is above 1.
 
-def reduce_stats(stats: dict[str, torch.Tensor], device: torch.device, world_size: int) -> dict[str, float]:
-    """Sum (or maximum) over ranks. A name that no rank has is left out."""
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    names = (*STAT_NAMES, *MAX_NAMES)
-    unknown = set(stats) - set(names)
+    Raises:
+        SkyrlError: for a statistic that :data:`STAT_NAMES` does not know, which would silently be lost.
+    """
+    unknown = sorted(set(stats) - set(STAT_NAMES))
     if unknown:
-        raise KeyError(f"statistics without a place in STAT_NAMES or MAX_NAMES: {sorted(unknown)}")
-    present = torch.tensor([float(name in stats) for name in names], dtype=torch.float64, device=device)
-    sums = torch.stack([stats.get(name, zero).double() for name in STAT_NAMES])
-    maxima = torch.stack([stats.get(name, zero).double() for name in MAX_NAMES])
+        raise SkyrlError(f"statistics {unknown} are not in skyrl.learner.losses.STAT_NAMES")
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    values = torch.stack([stats.get(name, zero).double() for name in STAT_NAMES])
+    is_max = [name.endswith(MAX_SUFFIX) for name in STAT_NAMES]
+    # One exchange of sums: how many ranks have a name, and the value.
+    present = torch.tensor([float(name in stats) for name in STAT_NAMES], dtype=torch.float64, device=device)
+    sums, maxima = torch.stack([present, values]), values.clone()
     if world_size > 1:
-        dist.all_reduce(present)
         dist.all_reduce(sums)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    values = [*sums.tolist(), *maxima.tolist()]
-    return {name: value for name, value, have in zip(names, values, present.tolist(), strict=True) if have}
+    rows = zip(STAT_NAMES, is_max, sums[0].tolist(), sums[1].tolist(), maxima.tolist(), strict=True)
+    return {name: largest if maximum else total for name, maximum, have, total, largest in rows if have}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ from torch import nn
 
 from skyrl.algorithms.reductions import token_logprobs
 from skyrl.data.encode import EncodedBatch
+from skyrl.types import ConfigError
+
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of architectures that change logits after the output layer, which :class:`PolicyModule` would leave out."""
 
 
 def load_policy(folder: str, dtype: str) -> Any:
@@ -21,9 +26,7 @@ def load_policy(folder: str, dtype: str) -> Any:
 
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    model = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
-    model.config.use_cache = False
-    return model
+    return kind.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
 class PolicyModule(nn.Module):
@@ -37,16 +40,31 @@ class PolicyModule(nn.Module):
         forbidden_ids: Tokens that the rollout can't sample; they get probability 0 here too, so that both
             sides mean the same distribution.
         temperature: The rollout's sampling temperature, for the same reason.
+
+    Raises:
+        ConfigError: for an architecture that changes its logits after the output layer (soft-capping, scaling).
     """
 
-    def __init__(self, model: Any, forbidden_ids: list[int], temperature: float = 1.0) -> None:
+    def __init__(self, model: Any, forbidden_ids: Sequence[int], temperature: float = 1.0) -> None:
         super().__init__()
+        text_config = model.config.get_text_config()
+        for name in LOGIT_TRANSFORMS:
+            if getattr(text_config, name, None) is not None:
+                raise ConfigError(
+                    f"model.policy: {type(model).__name__} changes its logits ({name}={getattr(text_config, name)}); "
+                    "such architectures are not supported"
+                )
         self.model = model
         self.temperature = temperature
-        self.register_buffer("forbidden", torch.tensor(forbidden_ids, dtype=torch.long), persistent=False)
+        self.forbidden_ids = tuple(forbidden_ids)
 
     def forward(self, batch: EncodedBatch, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities float32 [N] of the N answer tokens of the batch, row after row, and their entropy."""
+        """Log-probabilities float32 [N] of the N answer tokens of the batch, row after row.
+
+        Returns:
+            ``(logprobs, entropy)``: entropy float32 [N] in nats, without gradient; None unless ``with_entropy``.
+            A forbidden token has log-probability -inf.
+        """
         hidden = self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.pictures
         ).last_hidden_state
@@ -54,5 +72,5 @@ class PolicyModule(nn.Module):
         predicted = hidden[:, :-1][batch.answer_mask[:, 1:]]
         logits = self.model.get_output_embeddings()(predicted)
         targets = batch.input_ids[:, 1:][batch.answer_mask[:, 1:]]
-        logprobs, entropy = token_logprobs(logits, targets, self.temperature, self.forbidden)
+        logprobs, entropy = token_logprobs(logits, targets, self.temperature, self.forbidden_ids)
         return logprobs, entropy if with_entropy else None
