@@ -92,9 +92,9 @@ class ModelConfig:
     """``float32``, ``bfloat16`` or ``float16``; on CPU float32 keeps rollout and learner within 1e-6."""
     cache_dir: str | None = None
     """Where embedded models are kept; null means ``~/.cache/skyrl`` (or ``$SKYRL_CACHE``)."""
-    warm_start_steps: int = 220
+    warm_start_steps: int = 270
     """Supervised steps of the embedded policy."""
-    reward_body_steps: int = 150
+    reward_body_steps: int = 120
     """Further supervised steps of the embedded reward model's body."""
     reward_steps: int = 40
     """Bradley-Terry steps of the embedded reward model."""
@@ -109,6 +109,7 @@ class DataConfig:
     train_path: str | None = None
     """Parquet file of training prompts; see docs/data.md for its columns."""
     eval_path: str | None = None
+    """Parquet file of evaluation prompts."""
     train_size: int = 20_000
     """Scenes generated for training (``digits``)."""
     eval_size: int = 512
@@ -124,15 +125,22 @@ class RolloutConfig:
     num_workers: int = 1
     """vLLM engines, each in an actor of its own."""
     prompts_per_step: int = 64
+    """Prompts sampled in a step, shared by the workers."""
     samples_per_prompt: int = 8
     """G, the group size."""
     temperature: float = 1.0
+    """Sampling temperature; the learner applies it too."""
     top_p: float = 1.0
+    """Nucleus sampling. Below 1 the recorded log-probabilities are those of the cut distribution, so the ratio to the
+    learner starts below 1."""
     max_prompt_tokens: int = 96
+    """Longest prompt, pictures' placeholders included; a longer one is an error."""
     max_new_tokens: int = 64
+    """Longest answer; one that reaches it is marked as truncated."""
     tensor_parallel_size: int = 1
     """GPUs of one engine."""
     gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory that vLLM takes."""
     kv_cache_gib: int = 1
     """Key-value cache of one CPU engine, GiB."""
     max_num_seqs: int = 256
@@ -145,9 +153,11 @@ class RolloutConfig:
     threads: int = 0
     """OpenMP threads of one worker; 0 means the cores of a node shared by its workers."""
     weight_sync: WeightSync = WeightSync.shm
+    """How weights reach the engines."""
     probe_prompts: int = 8
     """Prompts that prove each weight sync."""
     probe_new_tokens: int = 8
+    """Tokens sampled for each of them."""
     logprob_gap_limit: float | None = None
     """Largest |log π_rollout − log π_learner| on the probe; null means 1e-4 for float32, 0.1 for 16-bit."""
 
@@ -155,11 +165,13 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     num_workers: int = 1
+    """Reward actors, each with verifiers and a copy of the reward model."""
     model_weight: float = 0.5
     """w in r = r_rule + w·squash(r_θ) + w_f·r_format."""
     format_weight: float = 0.1
     """w_f."""
     squash: Squash = Squash.sigmoid
+    """Brings the raw score into range."""
     squash_scale: float = 2.0
     """Divides the raw score inside the squashing function."""
     verifier_timeout: float = 5.0
@@ -169,7 +181,9 @@ class RewardConfig:
     model_batch: int = 256
     """Samples that the reward model scores in one forward pass."""
     device: str = "cpu"
+    """``cpu`` or ``cuda``, of the reward model."""
     num_cpus: float = 0.25
+    """Ray CPUs that one worker reserves."""
     threads: int = 0
     """As in rollout."""
 
@@ -196,10 +210,15 @@ class GrpoConfig:
     weight: float = 1.0
     """0 turns the GRPO term off."""
     clip_low: float = 0.2
+    """ε below 1: the ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
+    """ε above 1: the ratio is clipped at 1 + clip_high."""
     std: Std = Std.population
+    """Divisor of the advantage."""
     aggregation: Aggregation = Aggregation.sample
+    """From token terms to one loss."""
     filter: GrpoFilter = GrpoFilter.effective
+    """Fresh samples that the term sees."""
     kl_weight: float = 0.0
     """Weight of the k3 penalty to the reference policy; Eq. 8 has none."""
 
@@ -215,9 +234,11 @@ class MpoConfig:
     generation_weight: float = 1.0
     """w3, negative log-likelihood of the chosen answer."""
     beta: float = 0.1
+    """β of DPO and BCO."""
     margin_threshold: float = 1.0
     """τ: a pair needs r_θ(chosen) − r_θ(rejected) ≥ τ, in raw reward-model units."""
     pairs_per_prompt: int = 1
+    """Most pairs formed in one group; a sample is in one pair at most."""
 
 
 @dataclass
@@ -233,19 +254,29 @@ class LearnerConfig:
     zero_stage: int = 1
     """ZeRO stage 0 … 3."""
     trainable: Trainable = Trainable.all
+    """Modules that are trained."""
     lr: float = 2e-4
+    """Peak learning rate of AdamW."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of AdamW's moments."""
     schedule: Schedule = Schedule.constant
+    """Learning rate after the warm-up."""
     warmup_steps: int = 2
+    """Steps of linear warm-up."""
     min_lr_ratio: float = 0.1
     """End of the cosine, as a share of ``lr``."""
     max_grad_norm: float = 1.0
+    """The whole step's gradient is clipped to this L2 norm."""
     micro_batch_tokens: int = 8192
     """Padded tokens (prompt and answer) of one forward pass; memory only, never the result."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     device: str = "cpu"
+    """``cpu`` or ``cuda``."""
     num_cpus: float = 0.25
+    """Ray CPUs that one rank reserves."""
     threads: int = 0
     """As in rollout."""
 
@@ -274,6 +305,7 @@ class ControllerConfig:
     steps: int = 70
     """Length of the run."""
     seed: int = 0
+    """Seed of sampling, replay and initialisation: the same seed and settings repeat a run."""
     timeout: float = 1800.0
     """Seconds after which a phase that does not end is an error."""
 
@@ -285,7 +317,9 @@ class ClusterConfig:
     num_cpus: int | None = None
     """CPUs of a local Ray; null means all cores."""
     dashboard: bool = True
+    """Start the Ray dashboard with a local Ray."""
     dashboard_port: int = 8265
+    """Its port; the next free one is taken."""
     spread: bool = True
     """Place the workers of one kind on different nodes where possible."""
 
@@ -295,7 +329,9 @@ class MonitoringConfig:
     console: bool = True
     """Live table in a terminal; plain lines otherwise."""
     wandb: WandbMode = WandbMode.auto
+    """Weights & Biases."""
     wandb_project: str = "skyrl"
+    """Its project."""
     ray_metrics: bool = True
     """Gauges for the Ray dashboard and Prometheus."""
 
@@ -303,6 +339,7 @@ class MonitoringConfig:
 @dataclass
 class Config:
     name: str = "digits"
+    """Names the run: its folder, its Ray namespace, its wandb run."""
     run_dir: str = ""
     """Folder of everything that a run writes; set by ``conf/config.yaml``. Every host must see it."""
     resume: str = "no"

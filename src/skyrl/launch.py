@@ -72,8 +72,10 @@ def _explain(error: Exception) -> str:
     found = re.search(r"Could not override '([^']+)'", text)
     key = found.group(1) if found else str(getattr(cause, "full_key", "") or "")
     if found:
-        keys = [name for name, _ in _keys(OmegaConf.structured(Config))]
-        near = difflib.get_close_matches(key, keys, n=2, cutoff=0.8) or [k for k in keys if k.endswith("." + key.split(".")[-1])]
+        keys = _keys(OmegaConf.to_container(OmegaConf.structured(Config)))
+        near = difflib.get_close_matches(key, keys, n=2, cutoff=0.8) or [
+            k for k in keys if k.endswith("." + key.split(".")[-1])
+        ]
         mend = f"; did you mean {' or '.join(near)}?" if near else "; `python -m skyrl.launch --cfg job` lists all keys"
         if key not in keys:
             return f"{key}: there is no such setting{mend}"
@@ -81,12 +83,11 @@ def _explain(error: Exception) -> str:
     return f"{key}: {first}" if key and key not in first else text.strip()
 
 
-def _keys(tree: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name in tree:
-        value = tree._get_node(name)
-        path = f"{prefix}{name}"
-        found += _keys(value, path + ".") if isinstance(value, DictConfig) and not value._is_none() else [(path, value)]
+def _keys(tree: Any, prefix: str = "") -> list[str]:
+    """Dotted paths of all leaves of a nested dictionary."""
+    found: list[str] = []
+    for name, value in tree.items():
+        found += _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
     return found
 
 

@@ -90,9 +90,7 @@ def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console
         sinks.append(ConsoleSink(cfg.controller.steps, console))
     mode = wandb_mode(cfg.monitoring.wandb)
     if mode is not WandbMode.off:
-        sinks.append(
-            WandbSink(run_dir, project=cfg.monitoring.wandb_project, name=cfg.name, mode=mode, config=cfg)
-        )
+        sinks.append(WandbSink(run_dir, project=cfg.monitoring.wandb_project, name=cfg.name, mode=mode, config=cfg))
     if cfg.monitoring.ray_metrics:
         sinks.append(RayGaugeSink(f"{cfg.name}/{run_dir.name}"))
     return Sinks(sinks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 from skyrl.config import Config, GrpoFilter, WeightSync
@@ -10,6 +11,64 @@ from skyrl.types import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
+EMBEDDED_POSITIONS = 512
+AT_LEAST_ONE = (
+    "rollout.num_workers",
+    "reward.num_workers",
+    "learner.num_workers",
+    "rollout.prompts_per_step",
+    "rollout.max_prompt_tokens",
+    "rollout.max_new_tokens",
+    "rollout.tensor_parallel_size",
+    "rollout.max_num_seqs",
+    "rollout.kv_cache_gib",
+    "rollout.probe_prompts",
+    "rollout.probe_new_tokens",
+    "reward.model_batch",
+    "buffer.capacity",
+    "buffer.max_age",
+    "data.train_size",
+    "data.eval_size",
+    "learner.micro_batch_tokens",
+    "controller.steps",
+    "checkpoint.keep",
+    "model.warm_start_steps",
+    "model.reward_body_steps",
+    "model.reward_steps",
+    "algorithm.mpo.pairs_per_prompt",
+)
+NOT_NEGATIVE = (
+    "evaluation.every",
+    "evaluation.gallery",
+    "checkpoint.every",
+    "learner.warmup_steps",
+    "learner.weight_decay",
+    "buffer.alpha",
+    "algorithm.grpo.weight",
+    "algorithm.grpo.kl_weight",
+    "algorithm.mpo.weight",
+    "reward.numeric_tolerance",
+    "data.seed",
+    "model.seed",
+    "controller.seed",
+    "rollout.threads",
+    "reward.threads",
+    "learner.threads",
+)
+POSITIVE = (
+    "rollout.temperature",
+    "reward.verifier_timeout",
+    "reward.squash_scale",
+    "learner.lr",
+    "learner.max_grad_norm",
+    "algorithm.mpo.beta",
+    "controller.timeout",
+)
+SHARES = (
+    "data.text_share",
+    "buffer.mix",
+    "learner.min_lr_ratio",
+)
 
 
 def validate(cfg: Config) -> None:
@@ -24,77 +83,21 @@ def validate(cfg: Config) -> None:
 
 
 def _ranges(cfg: Config) -> Iterator[str]:
-    at_least_one = {
-        "rollout.num_workers": cfg.rollout.num_workers,
-        "reward.num_workers": cfg.reward.num_workers,
-        "learner.num_workers": cfg.learner.num_workers,
-        "rollout.prompts_per_step": cfg.rollout.prompts_per_step,
-        "rollout.max_prompt_tokens": cfg.rollout.max_prompt_tokens,
-        "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
-        "rollout.tensor_parallel_size": cfg.rollout.tensor_parallel_size,
-        "rollout.max_num_seqs": cfg.rollout.max_num_seqs,
-        "rollout.kv_cache_gib": cfg.rollout.kv_cache_gib,
-        "rollout.probe_prompts": cfg.rollout.probe_prompts,
-        "rollout.probe_new_tokens": cfg.rollout.probe_new_tokens,
-        "reward.model_batch": cfg.reward.model_batch,
-        "buffer.capacity": cfg.buffer.capacity,
-        "buffer.max_age": cfg.buffer.max_age,
-        "data.train_size": cfg.data.train_size,
-        "data.eval_size": cfg.data.eval_size,
-        "learner.micro_batch_tokens": cfg.learner.micro_batch_tokens,
-        "controller.steps": cfg.controller.steps,
-        "checkpoint.keep": cfg.checkpoint.keep,
-        "model.warm_start_steps": cfg.model.warm_start_steps,
-        "model.reward_body_steps": cfg.model.reward_body_steps,
-        "model.reward_steps": cfg.model.reward_steps,
-        "algorithm.mpo.pairs_per_prompt": cfg.algorithm.mpo.pairs_per_prompt,
-    }
-    for key, value in at_least_one.items():
-        if value < 1:
-            yield f"{key}={value}: must be 1 or more"
-    not_negative = {
-        "evaluation.every": cfg.evaluation.every,
-        "evaluation.gallery": cfg.evaluation.gallery,
-        "checkpoint.every": cfg.checkpoint.every,
-        "learner.warmup_steps": cfg.learner.warmup_steps,
-        "learner.weight_decay": cfg.learner.weight_decay,
-        "buffer.alpha": cfg.buffer.alpha,
-        "algorithm.grpo.weight": cfg.algorithm.grpo.weight,
-        "algorithm.grpo.kl_weight": cfg.algorithm.grpo.kl_weight,
-        "algorithm.mpo.weight": cfg.algorithm.mpo.weight,
-        "reward.numeric_tolerance": cfg.reward.numeric_tolerance,
-        "rollout.threads": cfg.rollout.threads,
-        "reward.threads": cfg.reward.threads,
-        "learner.threads": cfg.learner.threads,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            yield f"{key}={value}: must be 0 or more"
-    positive = {
-        "rollout.temperature": cfg.rollout.temperature,
-        "reward.verifier_timeout": cfg.reward.verifier_timeout,
-        "reward.squash_scale": cfg.reward.squash_scale,
-        "learner.lr": cfg.learner.lr,
-        "learner.max_grad_norm": cfg.learner.max_grad_norm,
-        "algorithm.mpo.beta": cfg.algorithm.mpo.beta,
-        "controller.timeout": cfg.controller.timeout,
-    }
-    for key, value in positive.items():
-        if not value > 0:
-            yield f"{key}={value}: must be above 0"
-    shares = {
-        "data.text_share": cfg.data.text_share,
-        "buffer.mix": cfg.buffer.mix,
-        "learner.min_lr_ratio": cfg.learner.min_lr_ratio,
-    }
-    for key, value in shares.items():
-        if not 0 <= value <= 1:
-            yield f"{key}={value}: must be in 0 … 1"
-    if not 0 < cfg.rollout.top_p <= 1:
-        yield f"rollout.top_p={cfg.rollout.top_p}: must be above 0 and at most 1"
+    rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+        (AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (POSITIVE, lambda value: value > 0, "above 0"),
+        (SHARES, lambda value: 0 <= value <= 1, "in 0 … 1"),
+        (("rollout.top_p",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    )
+    for keys, allowed, words in rules:
+        for key in keys:
+            value = attrgetter(key)(cfg)
+            if not allowed(value):  # a nan is never allowed
+                yield f"{key}={value}: must be {words}"
     if cfg.rollout.samples_per_prompt < 2:
         yield (
-            f"rollout.samples_per_prompt={cfg.rollout.samples_per_prompt}: a group needs 2 or more samples, "
+            f"rollout.samples_per_prompt={cfg.rollout.samples_per_prompt}: must be 2 or more, "
             "because an advantage is a comparison within the group; 8 is usual"
         )
 
@@ -139,34 +142,52 @@ def _combinations(cfg: Config) -> Iterator[str]:
             f"algorithm.grpo.clip_low={grpo.clip_low}, clip_high={grpo.clip_high}: "
             "clip_low must be in 0 … 1 and clip_high 0 or more"
         )
+    yield from _reward_combinations(cfg)
+    yield from _data_combinations(cfg)
+    yield from _device_combinations(cfg)
+
+
+def _reward_combinations(cfg: Config) -> Iterator[str]:
+    grpo, mpo = cfg.algorithm.grpo, cfg.algorithm.mpo
     if cfg.model.reward is None:
         if mpo.weight > 0:
             yield (
                 "model.reward=null with algorithm.mpo.weight="
-                f"{mpo.weight}: pairs and their threshold need a reward model; set model.reward or algorithm.mpo.weight=0"
+                f"{mpo.weight}: pairs and their threshold need a reward model; set model.reward, or "
+                "algorithm.mpo.weight=0"
             )
         if cfg.reward.model_weight != 0:
             yield f"model.reward=null with reward.model_weight={cfg.reward.model_weight}; set reward.model_weight=0"
         if grpo.filter is GrpoFilter.all:
             yield "model.reward=null with algorithm.grpo.filter=all: tied groups have no signal; use effective"
     if cfg.model.policy != "digits" and cfg.model.reward == "digits":
-        yield "model.reward=digits only judges digit scenes; with your own model.policy set model.reward to a folder or null"
+        yield (
+            "model.reward=digits only judges digit scenes; with your own model.policy set model.reward to a folder "
+            "or null"
+        )
+
+
+def _data_combinations(cfg: Config) -> Iterator[str]:
+    rollout = cfg.rollout
     if cfg.data.source == "parquet":
         for key in ("train_path", "eval_path"):
             path = getattr(cfg.data, key)
             if path is None or not Path(path).is_file():
                 yield f"data.source=parquet needs data.{key}: a parquet file; got {path}"
-    if cfg.data.source == "digits" and cfg.model.policy == "digits" and rollout.max_prompt_tokens + rollout.max_new_tokens > 512:
-        yield "rollout.max_prompt_tokens + rollout.max_new_tokens: the embedded policy has 512 positions"
-    yield from _device_combinations(cfg)
+    length = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if cfg.model.policy == "digits" and length > EMBEDDED_POSITIONS:
+        yield (
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens is {length}; "
+            f"must be at most {EMBEDDED_POSITIONS}, the positions of the embedded policy"
+        )
 
 
 def _device_combinations(cfg: Config) -> Iterator[str]:
     rollout, learner = cfg.rollout, cfg.learner
     if rollout.weight_sync is WeightSync.shm and rollout.tensor_parallel_size > 1:
         yield (
-            f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} with rollout.weight_sync=shm: that backend hands "
-            "memory to one process; use nccl or ipc"
+            f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} with rollout.weight_sync=shm: that backend "
+            "hands memory to one process; use nccl or ipc"
         )
     if rollout.weight_sync is not WeightSync.shm and (rollout.device, learner.device) != ("cuda", "cuda"):
         yield (

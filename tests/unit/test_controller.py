@@ -59,7 +59,7 @@ def test_training_rows_follow_the_stream_and_evaluation_is_greedy_on_all_rows(tm
 
 
 def test_evaluation_and_checkpoints_come_on_schedule_and_at_the_end(tmp_path: Path) -> None:
-    made, log, sink = controller(config(steps=5, evaluate=2, save=2), tmp_path)
+    made, _, sink = controller(config(steps=5, evaluate=2, save=2), tmp_path)
     made.run()
     assert [step for step, metrics in sink.records if "eval/accuracy" in metrics] == [0, 2, 4, 5]
     # keep=2: the checkpoint of step 2 is gone.

@@ -11,7 +11,7 @@ from skyrl.interfaces import Metrics
 
 
 class RayGaugeSink:
-    """Implements ``MetricSink``: ``reward/rule`` becomes the gauge ``skyrl_reward_rule``, tagged with the run's name."""
+    """Implements ``MetricSink``: ``reward/rule`` becomes the gauge ``skyrl_reward_rule``, tagged with the run."""
 
     def __init__(self, run: str) -> None:
         self.tags = {"run": run}

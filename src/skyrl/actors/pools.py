@@ -126,7 +126,7 @@ class RayWeightSyncer:
         started = time.perf_counter()
         timeout = self.cfg.controller.timeout
         if self.cfg.rollout.weight_sync is WeightSync.shm:
-            snapshot = [learner.snapshot.remote(version) for learner in self.learners][0]
+            snapshot, *_ = [learner.snapshot.remote(version) for learner in self.learners]
             fetch([rollout.load_weights.remote(snapshot) for rollout in self.rollouts], timeout, "the weight sync")
         else:
             sends = [learner.send_weights.remote(self.rollouts, version) for learner in self.learners]

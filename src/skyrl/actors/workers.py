@@ -6,6 +6,7 @@ Heavy libraries are imported inside ``__init__``: by then Ray has set the proces
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class RolloutActor:
         """The groups, dealt into ``parts`` lists of neighbouring rows so that several reward workers can share them."""
         groups = self.engine.generate(request)
         bounds = np.linspace(0, len(groups), parts + 1).astype(int)
-        lists = [groups[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        lists = [groups[a:b] for a, b in pairwise(bounds)]
         return lists[0] if parts == 1 else tuple(lists)
 
     def load_weights(self, snapshot: WeightSnapshot) -> None:

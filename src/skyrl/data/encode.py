@@ -118,9 +118,7 @@ class PromptEncoder:
             self._cache.popitem(last=False)
         return ids, pictures
 
-    def collate(
-        self, rows: Sequence[tuple[Prompt, np.ndarray, np.ndarray]], length: int | None = None
-    ) -> EncodedBatch:
+    def collate(self, rows: Sequence[tuple[Prompt, np.ndarray, np.ndarray]], length: int | None = None) -> EncodedBatch:
         """Join rows of (prompt, prompt ids [P] as the rollout saw them, answer ids [T]).
 
         Args:
@@ -143,7 +141,9 @@ class PromptEncoder:
                     f"makes {len(own_ids)} others; policy folder and processor differ between them"
                 )
             if self.image_token_id is not None and (answer_ids == self.image_token_id).any():
-                raise DataError(f"prompt {prompt.id!r}: an answer contains picture placeholders (id {self.image_token_id})")
+                raise DataError(
+                    f"prompt {prompt.id!r}: an answer contains picture placeholders (id {self.image_token_id})"
+                )
             p, t = len(prompt_ids), len(answer_ids)
             ids[i, :p], ids[i, p : p + t] = prompt_ids, answer_ids
             attention[i, : p + t] = 1

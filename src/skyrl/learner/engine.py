@@ -89,7 +89,9 @@ class DeepSpeedLearner:
             return module
         # Sharded like the policy, without an optimizer.
         config = {key: value for key, value in settings.items() if key != "optimizer"}
-        return deepspeed.initialize(model=module, config=config)[0].eval()
+        engine = deepspeed.initialize(model=module, config=config)[0]
+        engine.eval()
+        return engine
 
     # ------------------------------------------------------------ one step
 
@@ -248,9 +250,9 @@ class DeepSpeedLearner:
         Raises:
             SkyrlError: if there is no such checkpoint.
         """
-        path, state = self.engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise SkyrlError(f"no learner state in {folder}")
+        if not (Path(folder) / TAG).is_dir():
+            raise SkyrlError(f"no learner state in {folder}: it has no folder {TAG!r}")
+        _, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         self.delta.load_state_dict(state["delta"])
 
     def export(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The embedded policy's architecture: an Idefics3 model of about a million parameters, its tokenizer and processor.
 
 Idefics3 because transformers and vLLM both define it and neither needs torchvision for it. A 32×32 scene
-becomes 16 patches of 8×8, and pixel shuffle joins 2×2 of them, so one picture is four placeholder tokens: one per digit.
+becomes 16 patches of 8×8, and pixel shuffle joins 2×2 of them: one picture is four placeholder tokens, one per digit.
 """
 
 from __future__ import annotations

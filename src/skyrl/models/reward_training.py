@@ -1,7 +1,8 @@
 """Training of the embedded reward model on the warm-started policy's own samples.
 
 Two answers to one scene make a pair when one reasons more faithfully than the other: fewer of its statements differ
-from what the scene's own digits give. The label is exact. The loss is Bradley-Terry: −log σ(r_θ(more faithful) − r_θ(less faithful)).
+from what the scene's own digits give. The label is exact. The loss is Bradley-Terry:
+−log σ(r_θ(more faithful) − r_θ(less faithful)).
 """
 
 from __future__ import annotations
@@ -51,9 +52,7 @@ def reasoning_errors(faithful: str, text: str) -> int:
     return errors
 
 
-def build_pairs(
-    policy: Any, encoder: PromptEncoder, scenes: DigitScenes, seed: int
-) -> list[tuple[Prompt, str, str]]:
+def build_pairs(policy: Any, encoder: PromptEncoder, scenes: DigitScenes, seed: int) -> list[tuple[Prompt, str, str]]:
     """(prompt, more faithful answer, less faithful answer) from the policy's own samples."""
     scenes_read = [scenes.with_reasoning(row) for row in range(PROMPTS)]
     prompts = [prompt for prompt, _ in scenes_read]

@@ -1,0 +1,243 @@
+"""What the learner tests run in processes of their own, one per rank, and the batches that they run on.
+
+``python learner_cases.py POLICY_FOLDER WORK_FOLDER RANK WORLD_SIZE`` writes ``WORK_FOLDER/results-WORLD-RANK.pkl``:
+a dictionary from (case, ZeRO stage) to what happened there.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from skyrl.config import Config, Trainable
+from skyrl.data.encode import PromptEncoder
+from skyrl.data.scenes import DigitScenes
+from skyrl.types import PreferencePair, Prompt, Sample, SampleGroup, SkyrlError, TrainBatch, TrainItem
+
+STAGES = (0, 1, 2, 3)
+SMALL, LARGE = 150, 100_000
+"""Token budgets: several micro-batches with a text-only one among them; a single one."""
+
+
+def settings(stage: int, world_size: int = 1, micro_batch_tokens: int = SMALL) -> Config:
+    """Every term and knob of the learner is on: KL penalty, MPO, weight decay, warm-up, a clip that acts."""
+    cfg = Config()
+    cfg.learner.zero_stage, cfg.learner.num_workers = stage, world_size
+    cfg.learner.micro_batch_tokens = micro_batch_tokens
+    cfg.learner.lr, cfg.learner.warmup_steps, cfg.learner.weight_decay = 5e-5, 2, 0.1
+    cfg.learner.max_grad_norm = 0.5
+    cfg.algorithm.grpo.kl_weight = 0.05
+    cfg.rollout.temperature = 0.8
+    return cfg
+
+
+def build_policy(folder: Path) -> None:
+    """A random policy of the embedded architecture; its output is far from uniform, so that gradients are not tiny."""
+    from transformers import Idefics3ForConditionalGeneration
+
+    from skyrl.models.digits_architecture import build_config, build_processor
+
+    torch.manual_seed(0)
+    processor = build_processor()
+    model = Idefics3ForConditionalGeneration(build_config(processor.tokenizer))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(4)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def prompts(count: int, text_only: bool = False) -> list[Prompt]:
+    """Scenes; the last third (or all) are text."""
+    pictures, text = DigitScenes("train", 100, 0.0, 0), DigitScenes("train", 100, 1.0, 1)
+    first_text = 0 if text_only else count - count // 3
+    return [replace((text if i >= first_text else pictures)[i], id=f"p{i}") for i in range(count)]
+
+
+def make_batch(
+    encoder: PromptEncoder, step: int, num_prompts: int = 6, per_prompt: int = 3, text_only: bool = False
+) -> TrainBatch:
+    """Random answers. Per prompt: a chosen one, a rejected one that is here for its pair only, and (from the third on)
+    replayed ones of weight 0.5."""
+    rng = np.random.default_rng(step)
+    allowed = np.setdiff1d(np.arange(len(encoder.tokenizer)), encoder.forbidden_token_ids())
+    items, pairs = [], []
+    for prompt in prompts(num_prompts, text_only):
+        for g in range(per_prompt):
+            length = int(rng.integers(3, 12))
+            sample = Sample(
+                index=g,
+                token_ids=rng.choice(allowed, length).astype(np.int32),
+                logprobs=rng.normal(-6, 0.3, length).astype(np.float32),
+                text="",
+                truncated=False,
+                policy_version=0,
+                advantage=float(rng.normal()),
+            )
+            items.append(TrainItem(prompt, encoder.encode(prompt)[0], sample, (1.0, 0.0, 0.5)[min(g, 2)], g > 1))
+        if per_prompt > 1:
+            pairs.append(PreferencePair(len(items) - per_prompt, len(items) - per_prompt + 1, 2.0))
+    counted = [len(item.sample.token_ids) for item in items if item.grpo_weight != 0]
+    return TrainBatch(step, items, pairs, len(counted), sum(counted))
+
+
+def groups_of(batch: TrainBatch) -> list[SampleGroup]:
+    return [SampleGroup(item.prompt, item.prompt_ids, [item.sample]) for item in batch.items]
+
+
+def record_gradients(learner: Any) -> list[dict[str, np.ndarray]]:
+    """Whole gradients (before clipping) of every optimizer step from now on."""
+    from deepspeed.utils import safe_get_full_grad
+
+    steps: list[dict[str, np.ndarray]] = []
+    original = learner.engine.step
+
+    def step() -> None:
+        named = [(name, p) for name, p in learner.engine.module.model.named_parameters() if p.requires_grad]
+        gradients = {name: safe_get_full_grad(p) for name, p in named}
+        steps.append({name: g.numpy().copy() for name, g in gradients.items() if g is not None})
+        original()
+
+    learner.engine.step = step
+    return steps
+
+
+class Cases:
+    """The runs of one rank."""
+
+    def __init__(self, policy: str, work: Path, rank: int, world_size: int) -> None:
+        from skyrl.learner.engine import DeepSpeedLearner
+
+        self.policy, self.work, self.rank, self.world_size = policy, work, rank, world_size
+        self.results: dict[tuple[str, int], Any] = {}
+        self._make: Callable[[Config], Any] = lambda cfg: DeepSpeedLearner(cfg, policy, rank, world_size)
+
+    def weights(self, learner: Any) -> dict[str, np.ndarray] | None:
+        from skyrl.models.snapshot import parameters_of
+
+        snapshot = learner.snapshot(1)
+        return None if snapshot is None else {name: p.numpy().copy() for name, p in parameters_of(snapshot)}
+
+    def steps(self, name: str, cfg: Config, count: int, resume: bool = False, **batch: Any) -> None:
+        """``count`` steps; with ``resume`` the last one again from a checkpoint in a new engine."""
+        learner = self._make(cfg)
+        gradients = record_gradients(learner)
+        out: dict[str, Any] = {"start": self.weights(learner), "metrics": [], "weights": [], "gradients": gradients}
+        folder = self.work / f"checkpoint-{name}-{cfg.learner.zero_stage}-{self.world_size}"
+        for step in range(1, count + 1):
+            if resume and step == count:
+                learner.save(folder)
+            out["metrics"].append(learner.train_step(make_batch(learner.encoder, step, **batch)))
+            out["weights"].append(self.weights(learner))
+        out["delta"] = learner.delta.state_dict()
+        if resume:
+            again = self._make(cfg)
+            again.load(folder)
+            out["resumed_metrics"] = again.train_step(make_batch(again.encoder, count, **batch))
+            out["resumed_weights"] = self.weights(again)
+            out["resumed_delta"] = again.delta.state_dict()
+        self.results[name, cfg.learner.zero_stage] = out
+
+    def on_policy(self, stage: int) -> None:
+        """A first step whose behaviour log-probabilities are the learner's own; then export; also an empty batch."""
+        cfg = settings(stage, self.world_size)
+        learner = self._make(cfg)
+        batch = make_batch(learner.encoder, 1)
+        own = learner.logprobs(groups_of(batch))
+        for item, logprobs in zip(batch.items, own, strict=True):
+            item.sample.logprobs = logprobs
+        before = self.weights(learner)
+        empty = learner.train_step(TrainBatch(1, [], [], 0, 0))
+        after_empty = self.weights(learner)
+        metrics = learner.train_step(batch)
+        after = learner.logprobs(groups_of(batch))
+        folder = self.work / f"export-{stage}-{self.world_size}"
+        learner.export(folder)
+        self.results["on_policy", stage] = {
+            "logprobs": own, "before": before, "empty": empty, "after_empty": after_empty, "metrics": metrics,
+            "after": after, "folder": str(folder), "weights": self.weights(learner),
+        }  # fmt: skip
+
+    def not_finite(self, stage: int) -> None:
+        """A nan in the loss, then one in the gradient only, then one among the pair members' log-probabilities."""
+        errors = []
+        for where in ("loss", "gradient", "delta"):
+            learner = self._make(settings(stage, self.world_size))
+            before = self.weights(learner)
+            batch = make_batch(learner.encoder, 7)
+            if where == "loss":
+                batch.items[2].sample.logprobs[0] = np.nan
+            elif where == "delta":
+                batch.items[0].sample.logprobs[0] = np.nan
+            else:
+                norm = learner.engine.module.model.base_model.text_model.norm
+                norm.register_full_backward_hook(lambda *_: (torch.full_like(_[1][0], torch.nan),))
+            try:
+                learner.train_step(batch)
+                errors.append("no error")
+            except SkyrlError as error:
+                errors.append(str(error))
+            after = self.weights(learner)
+            if before is not None and after is not None:
+                errors += [name for name in before if not np.array_equal(before[name], after[name])]
+        self.results["not_finite", stage] = errors
+
+    def half_precision(self, stage: int) -> None:
+        cfg = settings(stage, self.world_size)
+        cfg.model.dtype = "bfloat16"
+        learner = self._make(cfg)
+        metrics = [learner.train_step(make_batch(learner.encoder, step)) for step in (1, 2)]
+        self.results["bfloat16", stage] = metrics
+
+    def run(self) -> None:
+        for stage in STAGES:
+            cfg = settings(stage, self.world_size)
+            self.steps("train", cfg, 3, resume=True)
+            cfg = settings(stage, self.world_size)
+            cfg.learner.trainable = Trainable.adapter
+            self.steps("adapter", cfg, 2, resume=True)
+            self.not_finite(stage)
+            self.on_policy(stage)
+            if self.world_size == 1:
+                self.steps("large", settings(stage, 1, LARGE), 1)
+                self.half_precision(stage)
+            else:
+                self.steps("few", settings(stage, 2), 1, num_prompts=1, per_prompt=1)
+        if self.world_size == 1:
+            self.steps("few", settings(1), 1, num_prompts=1, per_prompt=1)
+            self.others()
+
+    def others(self) -> None:
+        for trainable in (Trainable.language_and_adapter, Trainable.adapter_and_vision):
+            cfg = settings(1)
+            cfg.learner.trainable = trainable
+            self.steps(trainable.value, cfg, 1)
+        cfg = settings(1)
+        cfg.learner.trainable = Trainable.adapter
+        self.steps("adapter_text_only", cfg, 1, text_only=True)
+        cfg = settings(1)
+        cfg.learner.gradient_checkpointing = True
+        self.steps("checkpointing", cfg, 1)
+        learner = self._make(settings(1))
+        try:
+            learner.load(self.work / "nowhere")
+        except SkyrlError as error:
+            self.results["load_nothing", 1] = str(error)
+
+
+def main(policy: str, work: str, rank: str, world_size: str) -> None:
+    torch.set_num_threads(1)
+    cases = Cases(policy, Path(work), int(rank), int(world_size))
+    cases.run()
+    with (Path(work) / f"results-{world_size}-{rank}.pkl").open("wb") as file:
+        pickle.dump(cases.results, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
