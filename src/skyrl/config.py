@@ -280,6 +280,10 @@ class LearnerConfig:
     threads: int = 0
     """As in rollout."""
 
+    def __post_init__(self) -> None:
+        first, second = self.betas  # YAML has lists only
+        self.betas = (first, second)
+
 
 @dataclass
 class EvaluationConfig:

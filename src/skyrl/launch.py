@@ -34,7 +34,9 @@ logger = logging.getLogger("skyrl")
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
     ConfigStore.instance().store(name="config_schema", node=Config)
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    # Options and their values (--cfg job) are Hydra's own; an override has an equals sign or deletes with a tilde.
+    words = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    overrides = [word for word in words if "=" in word or word.startswith("~")]
     if not any(argument in ("--help", "-h", "--hydra-help") for argument in sys.argv[1:]):
         try:
             validate(compose_config(overrides))

@@ -7,6 +7,7 @@ and backward pass per micro-batch that serves GRPO and MPO together, and one opt
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,7 @@ class DeepSpeedLearner:
             filled[kept_rows[token_rows]] = self.reference(some.to(self.device))[0]
         return filled
 
-    def _update_delta(
-        self, batch: TrainBatch, mine: list[MicroBatch], references: list[torch.Tensor | None]
-    ) -> None:
+    def _update_delta(self, batch: TrainBatch, mine: list[MicroBatch], references: list[torch.Tensor | None]) -> None:
         if not batch.pairs:
             return
         beta = self.cfg.algorithm.mpo.beta
@@ -223,20 +222,30 @@ class DeepSpeedLearner:
         """log π_θ float32 [T] of every sample of the groups, in order. Collective under ZeRO-3: every rank must
         call it with the same groups."""
         rows = [(g.prompt, g.prompt_ids, s.token_ids) for g in groups for s in g.samples]
-        flat = self.engine.module(self.encoder.collate(rows).to(self.device))[0].float().cpu().numpy()
+        if not rows:
+            return []
+        flat = self.engine.module(self.encoder.collate(rows).to(self.device))[0].cpu().numpy()
         return np.split(flat, np.cumsum([len(ids) for _, _, ids in rows])[:-1])
+
+    def policy_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face names and whole parameters, one after the other. Collective under ZeRO-3: every rank must run
+        through all of them."""
+        for name, parameter in self.engine.module.model.named_parameters():
+            if self.cfg.learner.zero_stage < 3:
+                yield name, parameter.detach()
+            else:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    whole = parameter.detach().clone()
+                yield name, whole
 
     def snapshot(self, version: int) -> WeightSnapshot | None:
         """All parameters on rank 0, None elsewhere. Collective under ZeRO-3."""
-        named = list(self.engine.module.model.named_parameters())
-        if self.cfg.learner.zero_stage < 3:
-            return take_snapshot(named, version) if self.rank == 0 else None
-        gathered = []
-        for name, parameter in named:  # one at a time: the whole model never stands on one GPU
-            with deepspeed.zero.GatheredParameters([parameter]):
-                if self.rank == 0:
-                    gathered.append((name, parameter.detach().cpu().clone()))
-        return take_snapshot(gathered, version) if self.rank == 0 else None
+        if self.rank == 0:
+            return take_snapshot(((name, p.cpu()) for name, p in self.policy_parameters()), version)
+        if self.cfg.learner.zero_stage == 3:
+            for _ in self.policy_parameters():  # takes part in the gathering
+                pass
+        return None
 
     # ------------------------------------------------------------ files
 
@@ -259,5 +268,8 @@ class DeepSpeedLearner:
         """Write the policy as a Hugging Face folder that transformers and vLLM load; every rank must call it."""
         snapshot = self.snapshot(version=0)
         if snapshot is not None:
-            self.engine.module.model.save_pretrained(folder, state_dict=dict(parameters_of(snapshot)))
+            model = self.engine.module.model
+            persistent = model.state_dict().keys()
+            buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+            model.save_pretrained(folder, state_dict=dict(parameters_of(snapshot)) | buffers)
             self.encoder.processor.save_pretrained(folder)

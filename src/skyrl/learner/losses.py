@@ -123,9 +123,7 @@ def pair_sums(batch: TrainBatch, part: list[int], reference: torch.Tensor | None
     reference_sums = (rows * mask).sum(1).cpu()
     sums = torch.tensor([float(item.sample.logprobs.sum()) for item in items])
     chosen, rejected = _places(pairs, part)
-    total = implicit_reward_sum(
-        sums[chosen], sums[rejected], reference_sums[chosen], reference_sums[rejected], beta
-    )
+    total = implicit_reward_sum(sums[chosen], sums[rejected], reference_sums[chosen], reference_sums[rejected], beta)
     return float(total)
 
 

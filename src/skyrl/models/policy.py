@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,18 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 def load_policy(folder: str, dtype: str) -> Any:
     """The Hugging Face model in ``folder``: vision-language if its configuration says so, else causal.
 
+    Args:
+        folder: What ``save_pretrained`` wrote.
+        dtype: Torch name of the type of its parameters.
+
     Raises:
-        OSError: if the folder holds no model (transformers' own message names it).
+        ConfigError: if there is no ``config.json`` in the folder.
+        OSError: if its weights are missing (transformers' own message names them).
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     return kind.from_pretrained(folder, dtype=getattr(torch, dtype))

@@ -14,7 +14,12 @@ ALIGNMENT = 64
 
 
 def take_snapshot(parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightSnapshot:
-    """Copy named parameters, which must be whole (gathered), into a :class:`WeightSnapshot`."""
+    """Copy named parameters, which must be whole (gathered), into a :class:`WeightSnapshot`.
+
+    Args:
+        parameters: Name and tensor, of any type and on any device.
+        version: Weight updates that the policy has received.
+    """
     tensors = [(name, p.detach().to("cpu").contiguous()) for name, p in parameters]
     offsets, end = [], 0
     for _, tensor in tensors:
@@ -42,8 +47,8 @@ def parameters_of(snapshot: WeightSnapshot) -> Iterator[tuple[str, torch.Tensor]
     """
     with warnings.catch_warnings():
         # Ray maps its objects read-only; nothing here writes to them.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        flat = torch.frombuffer(snapshot.buffer, dtype=torch.uint8)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        flat = torch.from_numpy(snapshot.buffer)
     for name, shape, dtype_name, offset in zip(
         snapshot.names, snapshot.shapes, snapshot.dtypes, snapshot.offsets, strict=True
     ):

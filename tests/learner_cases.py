@@ -38,19 +38,26 @@ def settings(stage: int, world_size: int = 1, micro_batch_tokens: int = SMALL) -
     return cfg
 
 
-def build_policy(folder: Path) -> None:
-    """A random policy of the embedded architecture; its output is far from uniform, so that gradients are not tiny."""
+def tiny_model() -> tuple[Any, Any]:
+    """A random policy of the embedded architecture and its processor; its output is far from uniform, so that gradients
+    are not tiny."""
     from transformers import Idefics3ForConditionalGeneration
 
     from skyrl.models.digits_architecture import build_config, build_processor
 
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     processor = build_processor()
-    model = Idefics3ForConditionalGeneration(build_config(processor.tokenizer))
+    model = Idefics3ForConditionalGeneration(build_config(processor.tokenizer)).eval()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(4)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    return model, processor
+
+
+def build_policy(folder: Path) -> None:
+    """:func:`tiny_model` as a Hugging Face folder."""
+    for part in tiny_model():
+        part.save_pretrained(folder)
 
 
 def prompts(count: int, text_only: bool = False) -> list[Prompt]:
@@ -100,8 +107,9 @@ def record_gradients(learner: Any) -> list[dict[str, np.ndarray]]:
 
     def step() -> None:
         named = [(name, p) for name, p in learner.engine.module.model.named_parameters() if p.requires_grad]
-        gradients = {name: safe_get_full_grad(p) for name, p in named}
-        steps.append({name: g.numpy().copy() for name, g in gradients.items() if g is not None})
+        gradients = {name: safe_get_full_grad(p) for name, p in named}  # collective under ZeRO-3
+        if learner.rank == 0:
+            steps.append({name: g.numpy().copy() for name, g in gradients.items() if g is not None})
         original()
 
     learner.engine.step = step
@@ -129,6 +137,8 @@ class Cases:
         learner = self._make(cfg)
         gradients = record_gradients(learner)
         out: dict[str, Any] = {"start": self.weights(learner), "metrics": [], "weights": [], "gradients": gradients}
+        parts = learner.engine.module.modules()
+        out["checkpointed_layers"] = sum(getattr(p, "gradient_checkpointing", False) and p.training for p in parts)
         folder = self.work / f"checkpoint-{name}-{cfg.learner.zero_stage}-{self.world_size}"
         for step in range(1, count + 1):
             if resume and step == count:
@@ -177,7 +187,7 @@ class Cases:
                 batch.items[0].sample.logprobs[0] = np.nan
             else:
                 norm = learner.engine.module.model.base_model.text_model.norm
-                norm.register_full_backward_hook(lambda *_: (torch.full_like(_[1][0], torch.nan),))
+                norm.register_full_backward_hook(lambda _module, inner, _outer: (torch.full_like(inner[0], torch.nan),))
             try:
                 learner.train_step(batch)
                 errors.append("no error")

@@ -1,0 +1,207 @@
+"""How much a training step costs over its bare parts.
+
+``python benchmarks/step_time.py`` runs the whole system (32 prompts x 8 samples on the embedded default), then, in
+fresh processes without Ray, the two parts that no such system can avoid, on the same prompts and the same tokens:
+
+* ``generate``: vLLM's own ``LLM.generate`` with ready-made inputs;
+* ``forward_backward``: a plain PyTorch forward and backward pass of the same micro-batches, with no optimizer step.
+
+The learning rate is so small that the policy stays the same, so every part sees the same token counts. Medians of the
+steps after the warm-up. ``--json`` prints one line with ``ratio`` and the parts, in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPTS, SAMPLES = 32, 8
+PHASES = ("rollout", "reward", "buffer", "learner", "sync")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
+    parser.add_argument("--steps", type=int, default=14, help="steps measured, the warm-up included")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted")
+    parser.add_argument("--part", choices=["generate", "forward_backward"], help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.warm_up >= arguments.steps:
+        parser.error(f"--warm-up {arguments.warm_up} must be less than --steps {arguments.steps}")
+    if arguments.part:
+        seconds = {"generate": bare_generate, "forward_backward": bare_forward_backward}[arguments.part](arguments.work)
+        (arguments.work / f"{arguments.part}.json").write_text(json.dumps(seconds))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        result = measure(Path(work), arguments.steps, arguments.warm_up)
+    print(json.dumps(result) if arguments.json else table(result))
+
+
+def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
+    """Whole steps first, then each bare part in a process of its own."""
+    records = whole_steps(work, steps)
+    result = {"step": _median(record["time/step"] for record in records[warm_up:])}
+    for phase in PHASES:
+        result[phase] = _median(record[f"time/{phase}"] for record in records[warm_up:])
+    for part in ("generate", "forward_backward"):
+        command = [sys.executable, __file__, "--part", part, "--work", str(work)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{part} failed:\n{done.stderr[-3000:]}")
+        result[f"bare_{part}"] = _median(json.loads((work / f"{part}.json").read_text())[warm_up:])
+    bare = result["bare_generate"] + result["bare_forward_backward"]
+    return {"ratio": result["step"] / bare, "bare": bare, **result}
+
+
+def config() -> Any:
+    """The embedded default with 32 prompts, quiet."""
+    from skyrl.config import Config, WandbMode
+
+    cfg = Config(name="benchmark")
+    cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt = PROMPTS, SAMPLES
+    cfg.learner.lr = 1e-12
+    cfg.data.eval_size = 16
+    cfg.cluster.dashboard = False
+    cfg.monitoring.wandb = WandbMode.off
+    cfg.checkpoint.export = False
+    return cfg
+
+
+def whole_steps(work: Path, steps: int) -> list[dict[str, float]]:
+    """Metrics of each step of the real loop; leaves the requests and train batches in ``work``."""
+    import ray
+
+    from skyrl.actors.system import ray_session, start_system
+    from skyrl.controller import Controller
+    from skyrl.data.stream import PromptStream
+    from skyrl.run import model_folders
+
+    cfg = config()
+    cfg.controller.steps = steps
+    cfg.evaluation.every = cfg.checkpoint.every = 0
+    records: list[dict[str, float]] = []
+    policy, reward = model_folders(cfg)
+    with ray_session(cfg, "benchmark"), start_system(cfg, policy, reward) as system:
+        seen = _Recorder(system.pools.rollout, system.pools.buffer)
+        system.pools.rollout = system.pools.buffer = seen  # type: ignore[assignment]
+        sink = _Sink(records)
+        Controller(cfg, system.pools, PromptStream(system.rows["train"], 0), 16, sink, work).run()
+        batches = [ray.get(handle) for handle in seen.batches]
+    requests = [request for request in seen.requests if request.split == "train"]
+    (work / "recorded.pkl").write_bytes(pickle.dumps((policy, requests, batches)))
+    return records
+
+
+class _Recorder:
+    """Passes calls on to the rollout pool and the buffer, and notes requests and batches."""
+
+    def __init__(self, rollout: Any, buffer: Any) -> None:
+        self.rollout, self.buffer = rollout, buffer
+        self.requests: list[Any] = []
+        self.batches: list[Any] = []
+
+    def generate(self, request: Any) -> Any:
+        self.requests.append(request)
+        return self.rollout.generate(request)
+
+    def wait(self, handles: Any) -> None:
+        self.rollout.wait(handles)
+
+    def exchange(self, groups: Any, step: int, version: int) -> Any:
+        batch, metrics = self.buffer.exchange(groups, step, version)
+        self.batches.append(batch)
+        return batch, metrics
+
+    def save(self, path: Path) -> None:
+        self.buffer.save(path)
+
+
+class _Sink:
+    def __init__(self, records: list[dict[str, float]]) -> None:
+        self.records = records
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if "time/step" in metrics:
+            self.records.append(metrics)
+
+    def close(self) -> None:
+        pass
+
+
+def bare_generate(work: Path) -> list[float]:
+    """Seconds of ``LLM.generate`` alone for each recorded request."""
+    import os
+
+    from skyrl.rollout.environment import rollout_environment
+
+    cfg = config()
+    os.environ.update(rollout_environment(cfg.rollout, os.cpu_count() or 1))
+    from skyrl.data.datasets import build_datasets
+    from skyrl.rollout.engine import VllmRolloutEngine
+
+    policy, requests, _ = pickle.loads((work / "recorded.pkl").read_bytes())
+    engine = VllmRolloutEngine(cfg, policy, build_datasets(cfg.data))
+    seconds = []
+    for request in requests:
+        prompts = [engine.datasets["train"][row] for row in request.rows]
+        inputs = [engine._input(prompt) for prompt in prompts]
+        params = [engine._params(prompt, request, cfg.rollout.max_new_tokens) for prompt in prompts]
+        engine.forget_caches()  # as in training, where each step has new weights
+        started = time.perf_counter()
+        engine.llm.generate(inputs, params, use_tqdm=False)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def bare_forward_backward(work: Path) -> list[float]:
+    """Seconds of plain forward and backward passes over each recorded train batch, collation not counted."""
+    import os
+
+    import torch
+
+    from skyrl.data.encode import PromptEncoder
+    from skyrl.data.packing import plan_micro_batches
+    from skyrl.models.policy import PolicyModule, load_policy
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    policy, _, batches = pickle.loads((work / "recorded.pkl").read_bytes())
+    encoder = PromptEncoder.from_pretrained(policy)
+    module = PolicyModule(load_policy(policy, "float32"), encoder.forbidden_token_ids())
+    seconds = []
+    for batch in batches:
+        lengths = [len(item.prompt_ids) + len(item.sample.token_ids) for item in batch.items]
+        plan = plan_micro_batches(lengths, batch.pairs, 1, config().learner.micro_batch_tokens)[0]
+        rows = [[batch.items[i] for i in part] for part in plan]
+        micro = [encoder.collate([(r.prompt, r.prompt_ids, r.sample.token_ids) for r in part]) for part in rows]
+        module.zero_grad()
+        started = time.perf_counter()
+        for part in micro:
+            (-module(part)[0].mean()).backward()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def table(result: dict[str, float]) -> str:
+    """The result for people."""
+    lines = [f"{'part':<28}{'seconds':>9}", f"{'whole step':<28}{result['step']:>9.3f}"]
+    lines += [f"  {phase:<26}{result[phase]:>9.3f}" for phase in PHASES]
+    lines += [f"{'bare parts':<28}{result['bare']:>9.3f}"]
+    lines += [f"  {part:<26}{result[f'bare_{part}']:>9.3f}" for part in ("generate", "forward_backward")]
+    return "\n".join([*lines, f"{'ratio':<28}{result['ratio']:>9.2f}"])
+
+
+def _median(values: Any) -> float:
+    return statistics.median(list(values))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The learner with real DeepSpeed engines, one and two ranks, ZeRO 0 to 3, against a float64 oracle.
+
+All engines run in three processes that the first test starts: one rank alone, then two ranks together.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import learner_oracle
+import numpy as np
+import pytest
+import torch
+from learner_cases import SMALL, STAGES, build_policy, make_batch, settings
+
+from skyrl.data.encode import PromptEncoder
+from skyrl.data.packing import plan_micro_batches
+from skyrl.models.freezing import module_of
+from skyrl.models.policy import load_policy
+from skyrl.monitoring.metrics import check_names
+
+pytestmark = pytest.mark.integration
+CASES = Path(__file__).parents[1] / "learner_cases.py"
+LIMIT = 400
+Weights = dict[str, np.ndarray]
+RUNS = [(1, stage) for stage in STAGES] + [(2, stage) for stage in STAGES]
+
+
+def run_ranks(policy: Path, work: Path, world_size: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    logs = [work / f"log-{world_size}-{rank}.txt" for rank in range(world_size)]
+    processes = []
+    for rank, log in enumerate(logs):
+        command = [sys.executable, str(CASES), str(policy), str(work), str(rank), str(world_size)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    tails = "\n".join(log.read_text()[-3000:] for log in logs)
+    assert codes == [0] * world_size, tails
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("policy")
+    build_policy(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[Any, Any]]:
+    """(world size, rank) → results of all cases there."""
+    work = tmp_path_factory.mktemp("ranks")
+    found = {}
+    for world_size in (1, 2):
+        run_ranks(policy, work, world_size)
+        for rank in range(world_size):
+            found[world_size, rank] = pickle.loads((work / f"results-{world_size}-{rank}.pkl").read_bytes())
+    return found
+
+
+@pytest.fixture(scope="module")
+def encoder(policy: Path) -> PromptEncoder:
+    return PromptEncoder.from_pretrained(str(policy))
+
+
+def distance(a: Weights, b: Weights) -> float:
+    assert a.keys() == b.keys()
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
+
+
+def gradient_error(got: Weights, want: Weights) -> float:
+    """Largest difference, in units of the largest entry."""
+    assert got.keys() == want.keys()
+    largest = max(float(np.abs(g).max()) for g in want.values())
+    return distance(got, want) / largest
+
+
+# ---------------------------------------------------------------- gradients, optimizer, ranks
+
+
+def test_the_plan_covers_what_the_tests_claim(encoder: PromptEncoder) -> None:
+    batch = make_batch(encoder, 1)
+    lengths = [len(item.prompt_ids) + len(item.sample.token_ids) for item in batch.items]
+    alone = plan_micro_batches(lengths, batch.pairs, 1, SMALL)[0]
+    both = plan_micro_batches(lengths, batch.pairs, 2, SMALL)
+    assert len(alone) > 2
+    assert any(part and not any(batch.items[i].prompt.images for i in part) for part in [*alone, *both[0], *both[1]])
+    assert sorted(i for part in [*both[0], *both[1]] for i in part) == list(range(len(batch.items)))
+
+
+@pytest.mark.parametrize(("step", "case"), [(1, "train"), (2, "train"), (3, "train"), (1, "large")])
+def test_loss_and_gradient_equal_the_float64_oracle(
+    results: Any, policy: Path, encoder: PromptEncoder, step: int, case: str
+) -> None:
+    run = results[1, 0][case, 1]
+    cfg = settings(1)
+    reference_model = learner_oracle.load(str(policy))
+    means = []
+    for past in range(1, step + 1):
+        batch = make_batch(encoder, past)
+        with torch.no_grad():
+            reference = [learner_oracle.answer_logprobs(reference_model, encoder, i, 0.8) for i in batch.items]
+        means.append(learner_oracle.batch_mean_reward(batch, reference, cfg.algorithm.mpo.beta))
+    delta = float(np.mean(means))
+    weights = run["start"] if step == 1 else run["weights"][step - 2]
+    loss, want = learner_oracle.gradients(str(policy), encoder, batch, weights, delta, cfg)
+    metrics = run["metrics"][step - 1]
+    assert metrics["mpo/delta"] == pytest.approx(delta, abs=1e-5)
+    assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
+    assert gradient_error(run["gradients"][step - 1], want) < 1e-5
+    norm = np.sqrt(sum(np.square(g).sum() for g in want.values()))
+    assert metrics["learner/grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert norm > cfg.learner.max_grad_norm  # so the clip acts in these tests
+
+
+@pytest.mark.parametrize(("world_size", "stage"), RUNS)
+def test_update_is_clipped_adamw(results: Any, world_size: int, stage: int) -> None:
+    run = results[world_size, 0]["train", stage]
+    want = learner_oracle.adamw(run["start"], run["gradients"], [2.5e-5, 5e-5, 5e-5], settings(stage))
+    assert distance(run["weights"][2], want) < 1e-6
+    assert [m["learner/lr"] for m in run["metrics"]] == [2.5e-5, 5e-5, 5e-5]
+
+
+@pytest.mark.parametrize(("world_size", "stage"), RUNS)
+def test_ranks_stages_and_micro_batches_change_nothing(results: Any, world_size: int, stage: int) -> None:
+    base, run = results[1, 0]["train", 0], results[world_size, 0]["train", stage]
+    for step in range(3):
+        assert gradient_error(run["gradients"][step], base["gradients"][step]) < 1e-5
+        assert distance(run["weights"][step], base["weights"][step]) < 1e-5
+        got, want = dict(run["metrics"][step]), dict(base["metrics"][step])
+        del got["learner/micro_batches"], want["learner/micro_batches"]
+        assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
+    if world_size == 1:
+        large = results[1, 0]["large", stage]
+        assert large["metrics"][0]["learner/micro_batches"] == 1
+        assert run["metrics"][0]["learner/micro_batches"] > 2
+        assert gradient_error(large["gradients"][0], base["gradients"][0]) < 1e-6
+        assert distance(large["weights"][0], base["weights"][0]) < 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_agree_with_each_other(results: Any, stage: int) -> None:
+    first, second = results[2, 0]["train", stage], results[2, 1]["train", stage]
+    assert first["metrics"] == second["metrics"]
+    assert first["delta"] == second["delta"]
+    assert first["delta"]["updates"] == 3
+    assert second["weights"] == [None, None, None]  # a snapshot is rank 0's alone
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fewer_items_than_ranks(results: Any, stage: int) -> None:
+    one, two = results[1, 0]["few", 1], results[2, 0]["few", stage]
+    assert gradient_error(two["gradients"][0], one["gradients"][0]) < 1e-6
+    assert distance(two["weights"][0], one["weights"][0]) < 1e-6
+    assert one["metrics"][0]["learner/tokens"] == two["metrics"][0]["learner/tokens"]
+
+
+# ---------------------------------------------------------------- checkpoints and export
+
+
+@pytest.mark.parametrize("case", ["train", "adapter"])
+@pytest.mark.parametrize(("world_size", "stage"), RUNS)
+def test_a_resumed_step_equals_the_uninterrupted_one(results: Any, world_size: int, stage: int, case: str) -> None:
+    run = results[world_size, 0][case, stage]
+    assert distance(run["resumed_weights"], run["weights"][-1]) < 1e-6
+    assert distance(run["weights"][-1], run["weights"][-2]) > 1e-5  # the step is not a trivial one
+    assert run["resumed_delta"] == run["delta"]
+    assert run["resumed_metrics"] == pytest.approx(run["metrics"][-1], rel=1e-6, abs=1e-6)
+
+
+def test_loading_nothing_says_so(results: Any) -> None:
+    assert "no learner state in" in results[1, 0]["load_nothing", 1]
+
+
+@pytest.mark.parametrize(("world_size", "stage"), RUNS)
+def test_export_is_the_learners_policy(
+    results: Any, world_size: int, stage: int, policy: Path, encoder: PromptEncoder
+) -> None:
+    run = results[world_size, 0]["on_policy", stage]
+    exported = load_policy(run["folder"], "float32")
+    assert distance({n: p.detach().numpy() for n, p in exported.named_parameters()}, run["weights"]) == 0
+    assert dict(load_policy(str(policy), "float32").named_parameters()).keys() == run["weights"].keys()
+    assert exported.config.to_dict()["text_config"]["use_cache"] is True
+    batch = make_batch(encoder, 1)
+    again = PromptEncoder.from_pretrained(run["folder"])
+    model = learner_oracle.load(run["folder"])
+    with torch.no_grad():
+        for item, got in zip(batch.items, run["after"], strict=True):
+            want = learner_oracle.answer_logprobs(model, again, item, 0.8)
+            np.testing.assert_allclose(got, want.numpy(), atol=2e-5)
+
+
+# ---------------------------------------------------------------- behaviour of a step
+
+
+@pytest.mark.parametrize(("world_size", "stage"), RUNS)
+def test_first_on_policy_step(results: Any, world_size: int, stage: int) -> None:
+    run = results[world_size, 0]["on_policy", stage]
+    metrics = run["metrics"]
+    check_names(metrics)
+    check_names(run["empty"])
+    assert metrics["grpo/ratio_mean"] == pytest.approx(1, abs=1e-4)
+    assert metrics["grpo/clip_fraction"] == 0
+    assert metrics["grpo/kl_behaviour"] == pytest.approx(0, abs=1e-6)
+    assert metrics["learner/logprob_gap_fresh"] < 1e-4
+    # θ = π_0: every h is 0, so is δ, and the terms have their textbook values.
+    assert metrics["mpo/delta"] == pytest.approx(0, abs=1e-5)
+    assert metrics["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
+    assert metrics["loss/quality"] == pytest.approx(1.386294, abs=1e-5)
+    assert max(np.abs(a - b).max() for a, b in zip(run["after"], run["logprobs"], strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize(("world_size", "stage"), RUNS)
+def test_an_empty_batch_trains_nothing(results: Any, world_size: int, stage: int) -> None:
+    run = results[world_size, 0]["on_policy", stage]
+    assert run["empty"] == {"learner/tokens": 0, "learner/micro_batches": 0, "mpo/pairs": 0}
+    assert distance(run["before"], run["after_empty"]) == 0
+
+
+@pytest.mark.parametrize(("world_size", "stage"), RUNS)
+def test_not_finite_stops_every_rank_and_spares_the_policy(results: Any, world_size: int, stage: int) -> None:
+    for rank in range(world_size):
+        loss, gradient, delta = results[world_size, rank]["not_finite", stage]
+        assert loss.startswith("step 7: the loss is nan")
+        assert gradient.startswith("step 7: the gradient norm is")
+        assert delta.startswith("step 7: the mean implicit reward is nan")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_follows_float32(results: Any, stage: int) -> None:
+    for half, full in zip(results[1, 0]["bfloat16", stage], results[1, 0]["train", stage]["metrics"], strict=False):
+        assert half["loss/total"] == pytest.approx(full["loss/total"], rel=0.02)
+        assert half["learner/grad_norm"] == pytest.approx(full["learner/grad_norm"], rel=0.05)
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(("world_size", "stage"), RUNS)
+def test_adapter_only_leaves_the_rest_alone(results: Any, world_size: int, stage: int) -> None:
+    run = results[world_size, 0]["adapter", stage]
+    for name, before in run["start"].items():
+        same = np.array_equal(before, run["weights"][-1][name])
+        assert same == (module_of(name) != "adapter"), name
+    (gradient,) = run["gradients"][0].values()
+    assert np.abs(gradient).max() > 1e-4
+    base = results[1, 0]["adapter", 1]
+    assert gradient_error(run["gradients"][1], base["gradients"][1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "still"), [("language_and_adapter", "vision"), ("adapter_and_vision", "language"), ("train", None)]
+)
+def test_other_settings_train_their_modules(results: Any, case: str, still: str | None) -> None:
+    run = results[1, 0][case, 1]
+    for name, before in run["start"].items():
+        same = np.array_equal(before, run["weights"][0][name])
+        assert same == (module_of(name) == still), name
+
+
+def test_adapter_only_step_without_any_picture_trains_nothing(results: Any) -> None:
+    run = results[1, 0]["adapter_text_only", 1]
+    assert distance(run["start"], run["weights"][0]) == 0
+    assert run["metrics"][0]["learner/grad_norm"] == 0
+    assert run["metrics"][0]["learner/tokens"] > 0
+
+
+def test_gradient_checkpointing_changes_nothing(results: Any) -> None:
+    plain, run = results[1, 0]["train", 1], results[1, 0]["checkpointing", 1]
+    assert (plain["checkpointed_layers"], run["checkpointed_layers"] > 0) == (0, True)
+    assert gradient_error(run["gradients"][0], plain["gradients"][0]) < 1e-6

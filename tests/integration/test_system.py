@@ -1,0 +1,221 @@
+"""Ray, vLLM, DeepSpeed and transformers together, with pictures and text-only prompts mixed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from fakes import ListSink
+
+from skyrl.actors.pools import RayWeightSyncer
+from skyrl.actors.system import System, ray_session, start_system
+from skyrl.config import Config
+from skyrl.controller import Controller
+from skyrl.data.encode import PromptEncoder
+from skyrl.data.stream import PromptStream
+from skyrl.run import model_folders
+from skyrl.types import RolloutRequest, SampleGroup, SyncError
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def config(make_config: Callable[..., Config]) -> Config:
+    return make_config("system")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session(config: Config) -> Iterator[None]:
+    with ray_session(config, "test-system"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def system(config: Config) -> Iterator[System]:
+    with start_system(config, *model_folders(config)) as made:
+        made.pools.syncer.sync(0)
+        yield made
+
+
+def request(step: int = 1, rows: tuple[int, ...] = (0, 1, 2, 3, 4, 5), greedy: bool = False) -> RolloutRequest:
+    return RolloutRequest("train", rows, step, 1 if greedy else 4, greedy, seed=7)
+
+
+def groups_of(system: System, asked: RolloutRequest) -> list[SampleGroup]:
+    return [group for part in ray.get(system.pools.rollout.generate(asked)) for group in part]
+
+
+def tokens(groups: list[SampleGroup]) -> list[list[int]]:
+    return [sample.token_ids.tolist() for group in groups for sample in group.samples]
+
+
+def test_pictures_and_text_are_sampled_together_and_no_placeholder_ever(system: System, config: Config) -> None:
+    groups = groups_of(system, request(rows=tuple(range(24))))
+    pictured = [bool(group.prompt.images) for group in groups]
+    assert any(pictured) and not all(pictured)
+    forbidden = set(PromptEncoder.from_pretrained(model_folders(config)[0]).forbidden_token_ids())
+    for group in groups:
+        assert len(group.samples) == 4
+        for sample in group.samples:
+            assert not forbidden & set(sample.token_ids.tolist())
+            assert np.isfinite(sample.logprobs).all() and (sample.logprobs <= 0).all()
+            assert sample.truncated == (len(sample.token_ids) == config.rollout.max_new_tokens)
+
+
+def test_a_request_repeats_token_by_token_whatever_stands_beside_it(system: System) -> None:
+    first = groups_of(system, request())
+    assert tokens(groups_of(system, request())) == tokens(first)
+    alone = groups_of(system, request(rows=(3,)))
+    assert tokens(alone) == tokens(first[3:4])
+    assert tokens(groups_of(system, request(step=2))) != tokens(first)
+
+
+def test_samples_of_a_group_differ_and_greedy_ones_do_not_depend_on_the_step(system: System) -> None:
+    group = groups_of(system, request(rows=(0,)))[0]
+    assert len({tuple(sample.token_ids) for sample in group.samples}) > 1
+    assert tokens(groups_of(system, request(step=1, greedy=True))) == tokens(
+        groups_of(system, request(step=2, greedy=True))
+    )
+
+
+def test_scoring_fills_every_part_of_the_reward(system: System) -> None:
+    scored = system.pools.reward.score(system.pools.rollout.generate(request()))
+    samples = [s for part in ray.get(scored) for group in part for s in group.samples]
+    assert all(s.error is None and s.reward is not None for s in samples)
+    assert all(np.isfinite([s.reward.rule, s.reward.format, s.reward.model, s.reward.total]).all() for s in samples)
+
+
+def test_a_trained_but_unsynced_policy_is_noticed_and_a_sync_mends_it(system: System) -> None:
+    syncer = system.pools.syncer
+    before = syncer.sync(1)
+    assert before["sync/logprob_gap"] < 1e-4
+    _train(system, step=1, version=1)
+    assert syncer.gap() > 1e-3  # the rollout still holds the old weights
+    assert syncer.sync(2)["sync/logprob_gap"] < 1e-4
+
+
+def test_a_skipped_sync_stops_with_a_clear_error(system: System) -> None:
+    syncer = system.pools.syncer
+    _train(system, step=2, version=2)
+    skipping = RayWeightSyncer(syncer.learners, [_Without(a, "load_weights") for a in syncer.rollouts], syncer.cfg)
+    with pytest.raises(SyncError, match=r"after weight sync 3 .* differ by .* logprob_gap_limit is 0.0001"):
+        skipping.sync(3)
+    syncer.sync(3)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "connector", "layers.2.mlp.down_proj", "vision_model"])
+def test_one_stale_module_is_caught_by_the_probe(system: System, part: str) -> None:
+    """A full snapshot in which one module still has other values: nothing is missing, only wrong."""
+    syncer = system.pools.syncer
+    snapshot = copy.deepcopy(ray.get(syncer.learners[0].snapshot.remote(4)))
+    names = [name for name in snapshot.names if (part if part != "lm_head" else "embed_tokens") in name]
+    assert names
+    snapshot.buffer = snapshot.buffer.copy()
+    rng = np.random.default_rng(0)
+    for name in names:
+        i = snapshot.names.index(name)
+        size = int(np.prod(snapshot.shapes[i])) * 4
+        values = snapshot.buffer[snapshot.offsets[i] : snapshot.offsets[i] + size].view(np.float32)
+        values += rng.normal(0, 0.01, values.shape).astype(np.float32)
+    ray.get([rollout.load_weights.remote(snapshot) for rollout in syncer.rollouts])
+    assert syncer.gap() > 1e-4
+    assert syncer.sync(4)["sync/logprob_gap"] < 1e-4
+
+
+def test_a_snapshot_without_one_layer_is_refused(system: System) -> None:
+    syncer = system.pools.syncer
+    whole = ray.get(syncer.learners[0].snapshot.remote(5))
+    keep = [i for i, name in enumerate(whole.names) if "layers.1." not in name]
+    partial = replace(
+        whole,
+        names=[whole.names[i] for i in keep],
+        shapes=[whole.shapes[i] for i in keep],
+        dtypes=[whole.dtypes[i] for i in keep],
+        offsets=[whole.offsets[i] for i in keep],
+    )
+    with pytest.raises(SyncError, match=r"weight snapshot 5 left \d+ parameter\(s\) .* unchanged"):
+        ray.get(syncer.rollouts[0].load_weights.remote(partial))
+
+
+def test_three_steps_and_three_more_equal_six(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    """The resumed run samples the same tokens and has the same losses as one that never stopped."""
+    cfg = make_config("resume", tmp_path / "whole")
+    cfg.controller.steps = 6
+    whole = _run(cfg, restore=False)
+    cfg = make_config("resume", tmp_path / "cut")
+    cfg.controller.steps = 3
+    first = _run(cfg, restore=False)
+    cfg.controller.steps = 6
+    second = _run(cfg, restore=True)
+    assert [step for step, _ in whole.losses] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in first.losses + second.losses] == [1, 2, 3, 4, 5, 6]
+    assert first.tokens + second.tokens == whole.tokens
+    assert len(whole.tokens) == 6 * 6 * 4
+    for (_, a), (_, b) in zip(first.losses + second.losses, whole.losses, strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+    assert len({round(loss, 6) for _, loss in whole.losses}) > 1
+
+
+def _train(system: System, step: int, version: int) -> dict[str, float]:
+    scored = system.pools.reward.score(system.pools.rollout.generate(request(step=step, rows=tuple(range(12)))))
+    batch, _ = system.pools.buffer.exchange(scored, step, version)
+    metrics = system.pools.learner.train_step(batch)
+    assert metrics["learner/tokens"] > 0 and metrics["mpo/pairs"] > 0
+    assert metrics["learner/logprob_gap_fresh"] < 1e-4
+    return metrics
+
+
+class _Without:
+    """An actor handle that swallows one method."""
+
+    def __init__(self, actor: Any, method: str) -> None:
+        self._actor, self._method = actor, method
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method:
+            return _Swallowed()
+        return getattr(self._actor, name)
+
+
+class _Swallowed:
+    def remote(self, *_: Any) -> Any:
+        return ray.put(None)
+
+
+class _Recorded:
+    """A reward pool that also notes the tokens of what it scores."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+        self.tokens: list[list[int]] = []
+        self.losses: list[tuple[int, float]] = []
+
+    def score(self, groups: list[Any]) -> list[Any]:
+        sampled = [group for part in ray.get(groups) for group in part]
+        if len(sampled[0].samples) > 1:  # not an evaluation
+            self.tokens += tokens(sampled)
+        return self.pool.score(groups)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pool, name)
+
+
+def _run(cfg: Config, restore: bool) -> _Recorded:
+    with start_system(cfg, *model_folders(cfg)) as made:
+        recorded, sink = _Recorded(made.pools.reward), ListSink()
+        made.pools.reward = recorded
+        stream = PromptStream(made.rows["train"], cfg.data.seed)
+        run_dir = Path(cfg.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        controller = Controller(cfg, made.pools, stream, 4, sink, run_dir)
+        if restore:
+            controller.restore(controller.checkpoints.complete()[0])
+        controller.run()
+    recorded.losses = [(step, metrics["loss/total"]) for step, metrics in sink.records if "loss/total" in metrics]
+    return recorded

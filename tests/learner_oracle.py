@@ -1,0 +1,104 @@
+"""A learner step written again from its equations, in float64: one row at a time, no padding, no packing, no ranks.
+
+It shares nothing with ``skyrl.learner``, ``skyrl.algorithms`` or ``skyrl.models``; the model is transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from skyrl.config import Config
+from skyrl.data.encode import PromptEncoder
+from skyrl.types import TrainBatch, TrainItem
+
+
+def load(folder: str, weights: Mapping[str, np.ndarray] | None = None) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder).double().eval()
+    if weights is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.from_numpy(weights[name]).double())
+    return model
+
+
+def answer_logprobs(model: Any, encoder: PromptEncoder, item: TrainItem, temperature: float) -> torch.Tensor:
+    """float64 [T]: log-softmax over the whole vocabulary of the model's own logits."""
+    ids = torch.from_numpy(np.concatenate([item.prompt_ids, item.sample.token_ids]).astype(np.int64))[None]
+    pictures = {}
+    if item.prompt.images:
+        pictures = {
+            name: t.double() if t.is_floating_point() else t for name, t in encoder.encode(item.prompt)[1].items()
+        }
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **pictures).logits[0] / temperature
+    logits[:, encoder.forbidden_token_ids()] = -torch.inf
+    first = len(item.prompt_ids)
+    table = torch.log_softmax(logits, -1)
+    return torch.stack([table[first + t - 1, token] for t, token in enumerate(item.sample.token_ids.tolist())])
+
+
+def batch_mean_reward(batch: TrainBatch, reference: list[torch.Tensor], beta: float) -> float:
+    """What one step adds to δ: the mean of βh over both members of all pairs, at the policy that sampled them."""
+    members = [i for pair in batch.pairs for i in (pair.chosen, pair.rejected)]
+    shifts = [float(batch.items[i].sample.logprobs.astype(np.float64).sum() - reference[i].sum()) for i in members]
+    return beta * sum(shifts) / len(members)
+
+
+def step_loss(
+    batch: TrainBatch, current: list[torch.Tensor], reference: list[torch.Tensor], delta: float, cfg: Config
+) -> torch.Tensor:
+    """grpo.weight · (Eq. 8 + KL) + mpo.weight · (Eqs. 2-5) of a whole step, averaged over samples and pairs."""
+    grpo, mpo = cfg.algorithm.grpo, cfg.algorithm.mpo
+    total = torch.zeros((), dtype=torch.float64)
+    for item, logprobs, ref in zip(batch.items, current, reference, strict=True):
+        if item.grpo_weight == 0:
+            continue
+        ratio = torch.exp(logprobs - torch.from_numpy(item.sample.logprobs).double())
+        advantage = item.sample.advantage
+        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - grpo.clip_low, 1 + grpo.clip_high) * advantage)
+        d = ref - logprobs
+        token_loss = -gain + grpo.kl_weight * (torch.exp(d) - d - 1)
+        total = total + grpo.weight * item.grpo_weight * token_loss.mean() / batch.grpo_samples
+    for pair in batch.pairs:
+        chosen, rejected = (mpo.beta * (current[i].sum() - reference[i].sum()) for i in (pair.chosen, pair.rejected))
+        preference = -torch.log(torch.sigmoid(chosen - rejected))
+        quality = -torch.log(torch.sigmoid(chosen - delta)) - torch.log(torch.sigmoid(-(rejected - delta)))
+        generation = -current[pair.chosen].mean()
+        loss = mpo.preference_weight * preference + mpo.quality_weight * quality + mpo.generation_weight * generation
+        total = total + mpo.weight * loss / len(batch.pairs)
+    return total
+
+
+def gradients(
+    folder: str, encoder: PromptEncoder, batch: TrainBatch, weights: Mapping[str, np.ndarray], delta: float, cfg: Config
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss of a step at ``weights`` and its gradient by parameter name; the reference is the policy in ``folder``."""
+    model, reference_model = load(folder, weights), load(folder)
+    temperature = cfg.rollout.temperature
+    current = [answer_logprobs(model, encoder, item, temperature) for item in batch.items]
+    reference = [answer_logprobs(reference_model, encoder, item, temperature).detach() for item in batch.items]
+    loss = step_loss(batch, current, reference, delta, cfg)
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def adamw(
+    start: Mapping[str, np.ndarray], steps: list[dict[str, np.ndarray]], rates: list[float], cfg: Config
+) -> dict[str, np.ndarray]:
+    """Parameters after clipping and torch's AdamW have applied ``steps`` gradients, float64."""
+    learner = cfg.learner
+    parameters = {name: torch.from_numpy(value).double().requires_grad_() for name, value in start.items()}
+    trained = [parameters[name] for name in steps[0]]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay)
+    for gradient, rate in zip(steps, rates, strict=True):
+        norm = float(np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in gradient.values())))
+        for name, g in gradient.items():
+            parameters[name].grad = torch.from_numpy(g).double() * min(1.0, learner.max_grad_norm / (norm + 1e-6))
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return {name: p.detach().numpy() for name, p in parameters.items()}

@@ -1,0 +1,72 @@
+"""Checkpoints: atomic, verified, pruned, found."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from skyrl.checkpoint import Checkpoints, find_checkpoint, read_state, verify
+from skyrl.types import SkyrlError
+
+
+def write(run: Path, step: int, keep: int = 2) -> Path:
+    checkpoints = Checkpoints(run, keep)
+    with checkpoints.writing(step, {"step": step}) as folder:
+        (folder / "learner").mkdir()
+        (folder / "learner" / "weights.bin").write_bytes(bytes([step]) * 100)
+    return checkpoints.complete()[0]
+
+
+def test_what_is_written_is_complete_verified_and_read_back(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", 3)
+    verify(folder)
+    assert folder.name == "step_000003"
+    assert read_state(folder) == {"step": 3}
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        write(tmp_path, step)
+    assert [p.name for p in Checkpoints(tmp_path, 2).complete()] == ["step_000010", "step_000003"]
+
+
+def test_an_error_while_saving_leaves_no_checkpoint_and_keeps_the_old_one(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "first"
+    old = write(run, 1)
+    with pytest.raises(OSError, match="disk full"), Checkpoints(run, 2).writing(2, {}) as folder:
+        (folder / "half").write_text("half")
+        raise OSError("disk full")
+    assert Checkpoints(run, 2).complete() == [old]
+    assert find_checkpoint("auto", tmp_path / "runs") == old
+
+
+@pytest.mark.parametrize("damage", ["change", "remove", "manifest"])
+def test_auto_names_and_skips_a_broken_one(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    good, bad = write(tmp_path / "a", 1), write(tmp_path / "a", 2)
+    weights = bad / "learner" / "weights.bin"
+    if damage == "change":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        (bad / "COMPLETE.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint("auto", tmp_path) == good
+    assert str(bad) in caplog.text
+
+
+def test_an_explicit_broken_one_is_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    (folder / "learner" / "weights.bin").write_bytes(b"")
+    with pytest.raises(SkyrlError, match=r"weights\.bin is not what was written"):
+        find_checkpoint(str(folder), tmp_path)
+
+
+def test_auto_takes_the_newest_of_all_runs_and_nothing_if_there_is_none(tmp_path: Path) -> None:
+    assert find_checkpoint("auto", tmp_path) is None
+    write(tmp_path / "first", 9)
+    newest = write(tmp_path / "second", 2)
+    assert find_checkpoint("auto", tmp_path) == newest
+    assert find_checkpoint("no", tmp_path) is None

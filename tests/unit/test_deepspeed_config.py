@@ -1,0 +1,64 @@
+"""DeepSpeed's settings and the learning rate of a step."""
+
+from __future__ import annotations
+
+import pytest
+
+from skyrl.config import LearnerConfig, Schedule
+from skyrl.learner.deepspeed_config import deepspeed_config, learning_rate
+
+
+def test_every_knob_arrives() -> None:
+    cfg = LearnerConfig(zero_stage=2, lr=3e-4, weight_decay=0.1, betas=(0.8, 0.95), max_grad_norm=0.7)
+    config = deepspeed_config(cfg, "float32")
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["gradient_clipping"] == 0.7
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["optimizer"]["type"] == "AdamW"
+    assert config["optimizer"]["params"] == {
+        "lr": 3e-4,
+        "betas": [0.8, 0.95],
+        "weight_decay": 0.1,
+        "torch_adam": True,
+    }
+    assert not config.keys() & {"bf16", "fp16"}
+
+
+@pytest.mark.parametrize(("dtype", "section"), [("bfloat16", "bf16"), ("float16", "fp16")])
+def test_half_precision(dtype: str, section: str) -> None:
+    config = deepspeed_config(LearnerConfig(zero_stage=3), dtype)
+    assert config[section] == {"enabled": True}
+    assert config.keys() & {"bf16", "fp16"} == {section}
+
+
+def test_bfloat16_gradients_add_up_in_float32_where_deepspeed_can() -> None:
+    assert deepspeed_config(LearnerConfig(zero_stage=1), "bfloat16")["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "data_types" not in deepspeed_config(LearnerConfig(zero_stage=0), "bfloat16")
+
+
+def test_warm_up_is_linear_and_then_constant() -> None:
+    cfg = LearnerConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(cfg, step, 10) for step in range(1, 7)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_no_warm_up() -> None:
+    assert learning_rate(LearnerConfig(lr=1.0, warmup_steps=0), 1, 10) == 1.0
+
+
+def test_cosine_by_hand() -> None:
+    cfg = LearnerConfig(lr=2.0, warmup_steps=2, schedule=Schedule.cosine, min_lr_ratio=0.1)
+    rates = [learning_rate(cfg, step, 10) for step in (1, 2, 6, 10)]
+    # Step 6 is half way between 2 and 10: the mean of both ends.
+    assert rates == pytest.approx([1.0, 2.0, 1.1, 0.2])
+    falling = [learning_rate(cfg, step, 10) for step in range(2, 11)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_cosine_stays_at_its_end_when_a_run_goes_on() -> None:
+    cfg = LearnerConfig(lr=2.0, warmup_steps=2, schedule=Schedule.cosine, min_lr_ratio=0.1)
+    assert learning_rate(cfg, 25, 10) == pytest.approx(0.2)
+
+
+def test_a_run_shorter_than_its_warm_up() -> None:
+    cfg = LearnerConfig(lr=1.0, warmup_steps=5, schedule=Schedule.cosine)
+    assert [learning_rate(cfg, step, 3) for step in (1, 2, 3)] == pytest.approx([0.2, 0.4, 0.6])
