@@ -153,8 +153,8 @@ def bare_generate(work: Path) -> list[float]:
     seconds = []
     for request in requests:
         prompts = [engine.datasets["train"][row] for row in request.rows]
-        inputs = [engine._input(prompt) for prompt in prompts]
-        params = [engine._params(prompt, request, cfg.rollout.max_new_tokens) for prompt in prompts]
+        inputs = [engine.input(prompt) for prompt in prompts]
+        params = [engine.params(prompt, request, cfg.rollout.max_new_tokens, cfg.rollout.top_p) for prompt in prompts]
         engine.forget_caches()  # as in training, where each step has new weights
         started = time.perf_counter()
         engine.llm.generate(inputs, params, use_tqdm=False)

@@ -54,7 +54,9 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Folders that carry a manifest, newest first. Their content is not checked here."""
-        return sorted((p.parent for p in self.folder.glob(f"step_*/{MANIFEST}")), reverse=True)
+        manifests = self.folder.glob(f"step_*/{MANIFEST}")
+        # By time, not by step: a run that went on from an earlier step may still have later ones beside it.
+        return [p.parent for p in sorted(manifests, key=lambda p: (p.stat().st_mtime_ns, p), reverse=True)]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def find_checkpoint(resume: str, runs: Path) -> Path | None:
     if resume != "auto":
         verify(Path(resume))
         return Path(resume)
-    manifests = runs.glob(f"*/checkpoints/step_*/{MANIFEST}")
+    manifests = runs.glob(f"*/checkpoints/step_*/{MANIFEST}")  # runs holds the runs of one name only
     for folder in sorted((p.parent for p in manifests), key=lambda p: (p / MANIFEST).stat().st_mtime, reverse=True):
         try:
             verify(folder)

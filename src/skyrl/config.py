@@ -92,7 +92,7 @@ class ModelConfig:
     """``float32``, ``bfloat16`` or ``float16``; on CPU float32 keeps rollout and learner within 1e-6."""
     cache_dir: str | None = None
     """Where embedded models are kept; null means ``~/.cache/skyrl`` (or ``$SKYRL_CACHE``)."""
-    warm_start_steps: int = 270
+    warm_start_steps: int = 180
     """Supervised steps of the embedded policy."""
     reward_body_steps: int = 120
     """Further supervised steps of the embedded reward model's body."""
@@ -166,13 +166,13 @@ class RolloutConfig:
 class RewardConfig:
     num_workers: int = 1
     """Reward actors, each with verifiers and a copy of the reward model."""
-    model_weight: float = 0.5
+    model_weight: float = 1.0
     """w in r = r_rule + w·squash(r_θ) + w_f·r_format."""
     format_weight: float = 0.1
     """w_f."""
     squash: Squash = Squash.sigmoid
     """Brings the raw score into range."""
-    squash_scale: float = 2.0
+    squash_scale: float = 0.5
     """Divides the raw score inside the squashing function."""
     verifier_timeout: float = 5.0
     """Seconds that one verifier call may take before it is killed."""
@@ -235,7 +235,7 @@ class MpoConfig:
     """w3, negative log-likelihood of the chosen answer."""
     beta: float = 0.1
     """β of DPO and BCO."""
-    margin_threshold: float = 1.0
+    margin_threshold: float = 2.0
     """τ: a pair needs r_θ(chosen) − r_θ(rejected) ≥ τ, in raw reward-model units."""
     pairs_per_prompt: int = 1
     """Most pairs formed in one group; a sample is in one pair at most."""
@@ -255,7 +255,7 @@ class LearnerConfig:
     """ZeRO stage 0 … 3."""
     trainable: Trainable = Trainable.all
     """Modules that are trained."""
-    lr: float = 2e-4
+    lr: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
@@ -263,7 +263,7 @@ class LearnerConfig:
     """Decay rates of AdamW's moments."""
     schedule: Schedule = Schedule.constant
     """Learning rate after the warm-up."""
-    warmup_steps: int = 2
+    warmup_steps: int = 5
     """Steps of linear warm-up."""
     min_lr_ratio: float = 0.1
     """End of the cosine, as a share of ``lr``."""

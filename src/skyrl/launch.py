@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import signal
 import sys
@@ -99,6 +100,8 @@ def _hydra_main(tree: DictConfig) -> None:
     validate(config)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As in the actors: this process trains the embedded models, perhaps beside other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from skyrl.run import run
 
     started = time.monotonic()

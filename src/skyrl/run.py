@@ -40,11 +40,17 @@ def run(cfg: Config) -> dict[str, Any]:
     console = Console()
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir).parent)
     if checkpoint is not None:  # a resumed run goes on in its old folder
+        checkpoint = checkpoint.resolve()
         cfg = dataclasses.replace(cfg, run_dir=str(checkpoint.parents[1]))
         console.print(f"resuming from {checkpoint}")
     elif cfg.resume == "auto":
         console.print("resume=auto: no complete checkpoint yet, a fresh run starts")
     run_dir = Path(cfg.run_dir).resolve()
+    # Actors on a joined cluster need not share this process's working folder.
+    data = dataclasses.replace(
+        cfg.data, train_path=_absolute(cfg.data.train_path), eval_path=_absolute(cfg.data.eval_path)
+    )
+    cfg = dataclasses.replace(cfg, data=data)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", cfg)
     policy, reward = model_folders(cfg)
@@ -80,7 +86,11 @@ def model_folders(cfg: Config) -> tuple[str, str | None]:
         own_policy, own_reward = embedded_models(cfg.model)
         policy = str(own_policy) if policy == "digits" else policy
         reward = str(own_reward) if reward == "digits" else reward
-    return policy, reward
+    return str(Path(policy).resolve()), _absolute(reward)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
 
 
 def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console) -> Sinks:

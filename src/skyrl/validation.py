@@ -47,6 +47,11 @@ NOT_NEGATIVE = (
     "algorithm.grpo.weight",
     "algorithm.grpo.kl_weight",
     "algorithm.mpo.weight",
+    "algorithm.mpo.preference_weight",
+    "algorithm.mpo.quality_weight",
+    "algorithm.mpo.generation_weight",
+    "reward.model_weight",
+    "reward.format_weight",
     "reward.numeric_tolerance",
     "data.seed",
     "model.seed",
@@ -189,6 +194,8 @@ def _device_combinations(cfg: Config) -> Iterator[str]:
             f"rollout.tensor_parallel_size={rollout.tensor_parallel_size} with rollout.weight_sync=shm: that backend "
             "hands memory to one process; use nccl or ipc"
         )
+    if rollout.weight_sync is WeightSync.shm and rollout.device == "cuda":
+        yield "rollout.weight_sync=shm is for CPU rollouts; with rollout.device=cuda use nccl or ipc"
     if rollout.weight_sync is not WeightSync.shm and (rollout.device, learner.device) != ("cuda", "cuda"):
         yield (
             f"rollout.weight_sync={rollout.weight_sync.value} needs rollout.device=cuda and learner.device=cuda; "

@@ -35,6 +35,8 @@ def model() -> nn.Module:
         # Qwen-VL keeps its adapter inside the vision module
         ("model.visual.blocks.3.attn.proj.weight", "vision"),
         ("model.visual.patch_embed.proj.weight", "vision"),
+        ("model.visual.pos_embed.weight", "vision"),
+        ("model.visual.deepstack_merger_list.0.linear_fc1.weight", "adapter"),
         ("model.visual.merger.mlp.0.weight", "adapter"),
         ("lm_head.weight", "language"),
     ],

@@ -49,7 +49,7 @@ class RayRolloutPool:
         return handles
 
     def wait(self, handles: list[Handle]) -> None:
-        """Block until all are there, without fetching them; errors are raised."""
+        """Block until all are there, without fetching them. A failed part raises where its value is needed."""
         wait_for(handles, self.cfg.controller.timeout, "the rollout")
 
 
@@ -125,9 +125,11 @@ class RayWeightSyncer:
         """See ``interfaces.WeightSyncer``."""
         started = time.perf_counter()
         timeout = self.cfg.controller.timeout
+        sizes: Metrics = {}
         if self.cfg.rollout.weight_sync is WeightSync.shm:
             snapshot, *_ = [learner.snapshot.remote(version) for learner in self.learners]
-            fetch([rollout.load_weights.remote(snapshot) for rollout in self.rollouts], timeout, "the weight sync")
+            loads = [rollout.load_weights.remote(snapshot) for rollout in self.rollouts]
+            sizes["sync/megabytes"] = fetch(loads, timeout, "the weight sync")[0]
         else:
             sends = [learner.send_weights.remote(self.rollouts, version) for learner in self.learners]
             fetch(sends, timeout, "the weight sync")
@@ -139,7 +141,7 @@ class RayWeightSyncer:
                 f"rollout.logprob_gap_limit is {self.limit:g} for model.dtype={self.cfg.model.dtype}. "
                 "The rollout workers do not hold the learner's weights; nothing was trained on them"
             )
-        return {"sync/logprob_gap": gap, "sync/seconds": time.perf_counter() - started}
+        return {"sync/logprob_gap": gap, "sync/seconds": time.perf_counter() - started, **sizes}
 
     def gap(self) -> float:
         """The probe alone: what the rollout actors sample now, scored by the learner."""

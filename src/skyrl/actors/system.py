@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +25,20 @@ from skyrl.actors.pools import (
 from skyrl.actors.workers import BufferActor, LearnerActor, RewardActor, RolloutActor
 from skyrl.config import Config
 from skyrl.controller import Pools
-from skyrl.types import ConfigError
+from skyrl.types import ConfigError, SkyrlError
 
 BUFFER_CPUS = 0.1
 REWARD_RESTARTS = 3
 """A reward worker has no state, so Ray may start it again; any other loss ends the run, which a checkpoint resumes."""
+
+COMMON_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    # Actors take turns on the same cores. Threads that spin while they wait made a learner step up to seven times
+    # slower beside one other busy process.
+    "OMP_WAIT_POLICY": "passive",
+}
 
 
 @dataclass(slots=True)
@@ -51,16 +62,22 @@ def ray_session(cfg: Config, namespace: str) -> Iterator[str]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        context = ray.init(address=address, **options)
-    else:
-        context = ray.init(
-            address="local",
-            num_cpus=cfg.cluster.num_cpus,
-            include_dashboard=cfg.cluster.dashboard,
-            dashboard_port=cfg.cluster.dashboard_port,
-            **options,
-        )
+    if not address:
+        options |= {
+            "num_cpus": cfg.cluster.num_cpus,
+            "include_dashboard": cfg.cluster.dashboard,
+            "dashboard_port": cfg.cluster.dashboard_port,
+        }
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        context = ray.init(address=address or "local", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SkyrlError(
+            f"Ray could not be {'joined at ' + address if address else 'started here'}: {error}"
+        ) from error
+    if callable(on_terminate) and threading.current_thread() is threading.main_thread():
+        # Ray's own handler would end this process before the actors are taken down.
+        signal.signal(signal.SIGTERM, on_terminate)
     try:
         yield context.dashboard_url or ""
     finally:
@@ -88,9 +105,10 @@ def start_system(cfg: Config, policy_folder: str, reward_folder: str | None) -> 
         timeout = cfg.controller.timeout
         host, port = fetch(learners[0].address.remote(), timeout, "starting the learner")
         starting = [learner.start.remote(host, port) for learner in learners]
-        fetch([actor.ready.remote() for actor in (*rewards, buffer)], timeout, "starting the reward workers")
-        rows = fetch(rollouts[0].sizes.remote(), timeout, "starting the rollout workers")
-        fetch([actor.sizes.remote() for actor in rollouts] + starting, timeout, "starting rollout and learner")
+        ready = [actor.ready.remote() for actor in (*rewards, buffer)]
+        rows, *_ = fetch(
+            [*(actor.sizes.remote() for actor in rollouts), *starting, *ready], timeout, "starting the actors"
+        )
         pools = Pools(
             rollout=RayRolloutPool(rollouts, cfg),
             reward=RayRewardPool(rewards, cfg),
@@ -124,9 +142,7 @@ def _learners(cfg: Config, placement: _Placement, policy_folder: str, actors: li
     learner = cfg.learner
     threads = placement.threads(learner.threads, learner.num_workers)
     gpus = 1 if learner.device == "cuda" else 0
-    env = {"OMP_NUM_THREADS": str(threads)}
-    if learner.device == "cpu":
-        env["DS_ACCELERATOR"] = "cpu"
+    env = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": learner.device}
     made = [
         placement.actor(LearnerActor, f"learner-{rank}", learner.num_cpus, learner.num_workers, env, gpus).remote(
             cfg, policy_folder, rank, threads
@@ -158,9 +174,10 @@ class _Placement:
     """Ray options of an actor."""
 
     def __init__(self, cfg: Config, nodes: list[dict[str, Any]]) -> None:
-        self.spread = cfg.cluster.spread and len(nodes) > 1
-        self.nodes = len(nodes)
-        self.cores = int(max(node["Resources"].get("CPU", 1) for node in nodes))
+        cores = [node["Resources"]["CPU"] for node in nodes if node["Resources"].get("CPU", 0) > 0]
+        self.spread = cfg.cluster.spread and len(cores) > 1
+        self.nodes = len(cores)
+        self.cores = int(min(cores))  # on uneven nodes the smallest must not be oversubscribed
 
     def threads(self, wanted: int, workers: int) -> int:
         """``wanted``, or a node's cores shared by the workers of one kind that it holds."""
@@ -170,7 +187,7 @@ class _Placement:
     def actor(
         self, cls: type, name: str, cpus: float, workers: int, env: dict[str, str], gpus: float = 0, restarts: int = 0
     ) -> Any:
-        env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | env
+        env = COMMON_ENVIRONMENT | env
         return ray.remote(cls).options(
             name=name,
             num_cpus=cpus,
@@ -183,23 +200,24 @@ class _Placement:
 
 
 def _check_resources(cfg: Config, nodes: list[dict[str, Any]]) -> None:
-    cpus = (
-        cfg.rollout.num_workers * cfg.rollout.num_cpus
-        + cfg.reward.num_workers * cfg.reward.num_cpus
-        + cfg.learner.num_workers * cfg.learner.num_cpus
-        + BUFFER_CPUS
-    )
-    gpus = 0
-    if cfg.rollout.device == "cuda":
-        gpus += cfg.rollout.num_workers * cfg.rollout.tensor_parallel_size
-    if cfg.learner.device == "cuda":
-        gpus += cfg.learner.num_workers
-    if cfg.reward.device == "cuda" and cfg.model.reward is not None:
-        gpus += cfg.reward.num_workers
-    for kind, need in (("CPU", cpus), ("GPU", gpus)):
-        have = sum(node["Resources"].get(kind, 0) for node in nodes)
-        if need > have:
+    rollout, reward, learner = cfg.rollout, cfg.reward, cfg.learner
+    cpus = [rollout.num_cpus] * rollout.num_workers + [reward.num_cpus] * reward.num_workers
+    cpus += [learner.num_cpus] * learner.num_workers + [BUFFER_CPUS]
+    gpus: list[float] = [0.0]
+    if rollout.device == "cuda":
+        gpus += [rollout.tensor_parallel_size] * rollout.num_workers
+    if learner.device == "cuda":
+        gpus += [1] * learner.num_workers
+    if reward.device == "cuda" and cfg.model.reward is not None:
+        gpus += [1] * reward.num_workers
+    for kind, needs in (("CPU", cpus), ("GPU", gpus)):
+        have = [node["Resources"].get(kind, 0) for node in nodes]
+        if sum(needs) > sum(have):
             raise ConfigError(
-                f"the actors need {need:g} {kind}s, the Ray cluster has {have:g}: lower rollout/reward/learner."
-                f"num_workers{' or .num_cpus' if kind == 'CPU' else ''}, or join more nodes"
+                f"the actors need {sum(needs):g} {kind}s, the Ray cluster has {sum(have):g}: lower "
+                f"rollout/reward/learner.num_workers{' or .num_cpus' if kind == 'CPU' else ''}, or join more nodes"
+            )
+        if max(needs) > max(have):
+            raise ConfigError(
+                f"one actor needs {max(needs):g} {kind}s, the largest node of the cluster has {max(have):g}"
             )

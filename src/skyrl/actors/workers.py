@@ -37,8 +37,10 @@ class RolloutActor:
         lists = [groups[a:b] for a, b in pairwise(bounds)]
         return lists[0] if parts == 1 else tuple(lists)
 
-    def load_weights(self, snapshot: WeightSnapshot) -> None:
+    def load_weights(self, snapshot: WeightSnapshot) -> float:
+        """Returns the snapshot's size in megabytes."""
         self.engine.load_weights(snapshot)
+        return snapshot.buffer.nbytes / 1e6
 
     def probe(self) -> list[SampleGroup]:
         return self.engine.probe()

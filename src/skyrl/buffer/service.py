@@ -77,8 +77,12 @@ class BufferService:
             metrics["buffer/effective_share_fresh"] = effective / len(fresh)
             metrics["buffer/effective_share"] = (effective + len(drawn)) / len(fresh)
             metrics["buffer/pairs_share"] = len(pairs) / len(groups)
+        if self._replays:
+            stats = self.buffer.stats(version)
+            metrics |= {"buffer/prompts": stats["prompts"], "buffer/mass": stats["priority_mass"]}
         if drawn:
-            metrics["buffer/age_mean"] = sum(version - one.sample.policy_version for one in drawn) / len(drawn)
+            ages = [version - one.sample.policy_version for one in drawn]
+            metrics |= {"buffer/age_mean": sum(ages) / len(ages), "buffer/age_max": float(max(ages))}
         return batch, metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,9 @@ import torch
 
 from skyrl.types import DataError, Prompt
 
-TEXT_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+TEXT_KEYS = frozenset({"input_ids", "attention_mask"})
+TYPE_KEYS = frozenset({"token_type_ids", "mm_token_type_ids"})
+"""[1, P]: which prompt tokens are a picture's. Qwen's positions and Gemma's attention mask are made from them."""
 CACHED_PROMPTS = 2048
 
 
@@ -31,7 +33,8 @@ class EncodedBatch:
     answer_mask: torch.Tensor
     """bool [B, L]: True on the answer's tokens."""
     pictures: dict[str, torch.Tensor]
-    """The processor's picture tensors of all rows, joined in row order; ``{}`` without pictures."""
+    """The processor's picture tensors of all rows, joined in row order, and the token types [B, L] if it makes any
+    (0 on answers and padding); ``{}`` without pictures."""
 
     def to(self, device: torch.device | str) -> EncodedBatch:
         return EncodedBatch(
@@ -68,6 +71,8 @@ class PromptEncoder:
         """Tokens that the policy must never sample: picture placeholders, padding, other special tokens but
         the end of sequence. A sampled placeholder would make the learner's forward pass fail."""
         ids = {int(i) for i in self.tokenizer.all_special_ids}
+        # The former lists named roles only; `<global-img>`, for example, has none.
+        ids |= {int(i) for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         if self.image_token_id is not None:
             ids.add(int(self.image_token_id))
         ids.add(self.pad_id)
@@ -107,10 +112,15 @@ class PromptEncoder:
             from PIL import Image
 
             out = self.processor(
-                text=self.chat_text(prompt), images=[Image.fromarray(i) for i in prompt.images], return_tensors="pt"
+                text=self.chat_text(prompt),
+                images=[Image.fromarray(i) for i in prompt.images],
+                add_special_tokens=False,  # the chat template has written them already, as in text_ids
+                return_tensors="pt",
             )
             ids = out["input_ids"][0].numpy().astype(np.int32)
-            pictures = _picture_axis_first({name: t for name, t in out.items() if name not in TEXT_KEYS})
+            # Some tokenizers add types that are always 0; their models take none.
+            useless = {name for name in TYPE_KEYS & set(out) if not out[name].any()}
+            pictures = _picture_axis_first({name: t for name, t in out.items() if name not in TEXT_KEYS | useless})
         else:
             ids, pictures = np.asarray(self.text_ids(prompt), dtype=np.int32), {}
         self._cache[prompt.id] = (ids, pictures)
@@ -133,6 +143,7 @@ class PromptEncoder:
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         attention, answers = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool)
         pictures: dict[str, list[torch.Tensor]] = {}
+        types: dict[str, torch.Tensor] = {}
         for i, (prompt, prompt_ids, answer_ids) in enumerate(rows):
             own_ids, own_pictures = self.encode(prompt)
             if not np.array_equal(own_ids, prompt_ids):
@@ -149,9 +160,12 @@ class PromptEncoder:
             attention[i, : p + t] = 1
             answers[i, p : p + t] = True
             for name, tensor in own_pictures.items():
-                pictures.setdefault(name, []).append(tensor)
+                if name in TYPE_KEYS:
+                    types.setdefault(name, torch.zeros(ids.shape, dtype=tensor.dtype))[i, :p] = tensor[0]
+                else:
+                    pictures.setdefault(name, []).append(tensor)
         return EncodedBatch(
-            torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(answers), _join(pictures)
+            torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(answers), _join(pictures) | types
         )
 
 

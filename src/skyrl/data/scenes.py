@@ -26,6 +26,10 @@ FORM = " Use <think></think><answer></answer>."
 """Asks for the reasoning form that the format reward checks."""
 PICTURE_KINDS = ("sum", "max", "min", "count", "row_difference")
 TEXT_KIND = "text_arithmetic"
+ADDING_KINDS = ("sum", "row_difference")
+SMALL = 5
+"""Where numbers are added they are below this: a model of a million parameters shall have to read and to reason,
+not to learn a large table of sums by heart."""
 SPLITS = {"train": 0, "eval": 1, "reward": 2}
 """``reward`` draws other scenes of the training digits: the reward model's own training set."""
 
@@ -119,7 +123,7 @@ class DigitScenes:
         if rng.random() < self.text_share:
             return self._text(row, rng)
         kind = PICTURE_KINDS[rng.integers(len(PICTURE_KINDS))]
-        grid = rng.integers(0, 10, (GRID, GRID)).tolist()
+        grid = rng.integers(0, SMALL if kind in ADDING_KINDS else 10, (GRID, GRID)).tolist()
         # Half of the count questions ask for a digit that is there, else the answer is nearly always 0.
         target = int(grid[rng.integers(GRID)][rng.integers(GRID)] if rng.random() < 0.5 else rng.integers(10))
         question, reasoning, answer = solve(kind, grid, target)
@@ -135,7 +139,7 @@ class DigitScenes:
         return prompt, f"<think>{reasoning}</think><answer>{answer}</answer>"
 
     def _text(self, row: int, rng: np.random.Generator) -> tuple[Prompt, str]:
-        numbers = rng.integers(0, 10, int(rng.integers(2, 5))).tolist()
+        numbers = rng.integers(0, SMALL, int(rng.integers(2, 5))).tolist()
         answer = str(sum(numbers))
         question = f"What is {'+'.join(map(str, numbers))}?{FORM}"
         prompt = Prompt(f"{self.split}/{row}", question, (), answer, "numeric", TEXT_KIND)

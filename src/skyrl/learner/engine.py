@@ -6,6 +6,7 @@ and backward pass per micro-batch that serves GRPO and MPO together, and one opt
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from skyrl.models.snapshot import parameters_of, take_snapshot
 from skyrl.types import SampleGroup, SkyrlError, TrainBatch, WeightSnapshot
 
 TAG = "deepspeed"
+LAYOUT_FILE = "learner.json"
 
 
 class DeepSpeedLearner:
@@ -249,18 +251,35 @@ class DeepSpeedLearner:
 
     # ------------------------------------------------------------ files
 
+    def _layout(self) -> dict[str, object]:
+        """What a checkpoint's optimizer states are cut by; another run can only load them with the same settings."""
+        learner = self.cfg.learner
+        return {
+            "learner.num_workers": self.world_size,
+            "learner.zero_stage": learner.zero_stage,
+            "learner.trainable": learner.trainable.value,
+            "model.dtype": self.cfg.model.dtype,
+        }
+
     def save(self, folder: Path) -> None:
         """Policy, optimizer and δ into ``folder``; every rank must call it."""
         self.engine.save_checkpoint(str(folder), tag=TAG, client_state={"delta": self.delta.state_dict()})
+        if self.rank == 0:
+            (Path(folder) / LAYOUT_FILE).write_text(json.dumps(self._layout(), indent=2))
 
     def load(self, folder: Path) -> None:
-        """Continue from what :meth:`save` wrote.
+        """Continue from what :meth:`save` wrote; every rank must call it.
 
         Raises:
-            SkyrlError: if there is no such checkpoint.
+            SkyrlError: if there is no such checkpoint, or it was written with settings that cut it differently.
         """
-        if not (Path(folder) / TAG).is_dir():
-            raise SkyrlError(f"no learner state in {folder}: it has no folder {TAG!r}")
+        file = Path(folder) / LAYOUT_FILE
+        if not file.is_file():
+            raise SkyrlError(f"no learner state in {folder}: it has no {LAYOUT_FILE}")
+        saved, own = json.loads(file.read_text()), self._layout()
+        other = [f"{key}={value} (here {own[key]})" for key, value in saved.items() if value != own[key]]
+        if other:
+            raise SkyrlError(f"the learner state in {folder} was saved with {', '.join(other)}; use the same to resume")
         _, state = self.engine.load_checkpoint(str(folder), tag=TAG)
         self.delta.load_state_dict(state["delta"])
 

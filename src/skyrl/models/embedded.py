@@ -76,6 +76,8 @@ def embedded_models(cfg: ModelConfig) -> tuple[Path, Path]:
         try:
             _build(cfg, build)
             (build / DONE).write_text(text)
+            if folder.exists() and not (folder / DONE).is_file():
+                shutil.rmtree(folder)  # somebody took files out of it
             try:
                 build.rename(folder)
             except OSError:

@@ -9,8 +9,11 @@ import torch
 from skyrl.config import Trainable
 from skyrl.types import ConfigError
 
-VISION = ("vision_model.", "vision_tower.", "visual.blocks.", "visual.patch_embed.", "image_encoder.")
-ADAPTER = ("connector.", "multi_modal_projector.", "visual.merger.", "mlp1.", "modality_projection.", "resampler.")
+VISION = ("vision_model.", "vision_tower.", "visual.", "image_encoder.")
+ADAPTER = (
+    *("connector.", "modality_projection.", "multi_modal_projector.", "mm_projector.", "mlp1.", "resampler."),
+    *("visual.merger.", "visual.deepstack_merger_list."),
+)
 
 
 def module_of(name: str) -> str:

@@ -123,7 +123,9 @@ class GroupScorer:
     def _row(self, group: SampleGroup, index: int) -> Any:
         sample = group.samples[index]
         if self.same_tokens:
-            return group.prompt, group.prompt_ids, sample.token_ids
+            return group.prompt, self.reward_model.encoder.encode(group.prompt)[0], sample.token_ids
         encoder = self.reward_model.encoder
-        ids = encoder.tokenizer(sample.text, add_special_tokens=False)["input_ids"] + [encoder.tokenizer.eos_token_id]
+        ids = encoder.tokenizer(sample.text, add_special_tokens=False)["input_ids"]
+        if not sample.truncated:  # as in the policy's own ids
+            ids = [*ids, encoder.tokenizer.eos_token_id]
         return group.prompt, encoder.encode(group.prompt)[0], np.asarray(ids, dtype=np.int32)

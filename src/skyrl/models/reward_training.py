@@ -21,7 +21,7 @@ from skyrl.models.reward_model import RewardModel
 from skyrl.models.warm_start import learning_rate_factor, sample_answers
 from skyrl.types import Prompt
 
-PROMPTS = 640
+PROMPTS = 480
 ANSWERS = 4
 PAIRS_PER_STEP = 32
 PEAK_LR = 3e-4
@@ -58,9 +58,9 @@ def build_pairs(policy: Any, encoder: PromptEncoder, scenes: DigitScenes, seed: 
     prompts = [prompt for prompt, _ in scenes_read]
     answers = [
         text
-        for start in range(0, PROMPTS, 160)
+        for start in range(0, PROMPTS, 120)
         for text in sample_answers(
-            policy, encoder, [p for p in prompts[start : start + 160] for _ in range(ANSWERS)], 1.0, 48, seed + start
+            policy, encoder, [p for p in prompts[start : start + 120] for _ in range(ANSWERS)], 1.0, 48, seed + start
         )
     ]
     pairs = []

@@ -54,7 +54,9 @@ METRICS: dict[str, MetricInfo] = {
     # ---- learner
     "learner/grad_norm": _M("-", "L2 norm of the whole gradient before clipping."),
     "learner/lr": _M("-", "Learning rate of the step."),
-    "learner/entropy": _M("nats", "Entropy of the learner's next-token distribution, mean over GRPO tokens."),
+    "learner/entropy": _M(
+        "nats", "Entropy of the learner's next-token distribution, mean over all answer tokens trained on."
+    ),
     "learner/tokens": _M("tokens", "Answer tokens trained on in the step, over all ranks."),
     "learner/micro_batches": _M("batches", "Forward passes into which the step was cut, of the rank with most."),
     "learner/logprob_gap_fresh": _M(

@@ -124,7 +124,7 @@ def _count_claims(prompt: Prompt, sample: Sample) -> None:
 def reward_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metrics:
     """Means over a list of scored groups.
 
-    Keys: ``total``, ``rule``, ``format``, ``model`` and ``accuracy`` (equal to ``rule``) are means over the samples
+    Keys: ``total``, ``rule``, ``format``, ``model`` and ``accuracy`` (full rule score) are means over the samples
     without an error, ``errors`` counts the others; these six carry ``prefix``. ``response/length_mean`` (tokens) and
     ``response/truncated_share`` are over all samples. ``hallucination/rate`` (CHAIR_s), ``.../false_claim_share``
     (CHAIR_i) and ``.../coverage`` are over all samples whose prompt has a picture and known facts.
@@ -135,14 +135,13 @@ def reward_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metric
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     pictured = flatten([group for group in groups if group.prompt.images and group.prompt.facts])
     rates = hallucination_rates([(sample.claims, sample.false_claims) for sample in pictured])
-    rule = _mean([reward.rule for reward in rewards])
     return {
         f"{prefix}total": _mean([reward.total for reward in rewards]),
-        f"{prefix}rule": rule,
+        f"{prefix}rule": _mean([reward.rule for reward in rewards]),
         f"{prefix}format": _mean([reward.format for reward in rewards]),
         f"{prefix}model": _mean([reward.model for reward in rewards]),
         f"{prefix}errors": float(sum(sample.error is not None for sample in samples)),
-        f"{prefix}accuracy": rule,
+        f"{prefix}accuracy": _mean([float(reward.rule >= 1.0) for reward in rewards]),
         "response/length_mean": _mean([len(sample.token_ids) for sample in samples]),
         "response/truncated_share": _mean([float(sample.truncated) for sample in samples]),
         "hallucination/rate": rates.chair_s,

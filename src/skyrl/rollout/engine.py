@@ -60,7 +60,7 @@ class VllmRolloutEngine:
         if request.split not in self.datasets:
             raise DataError(f"unknown split {request.split!r}; this worker has: {', '.join(self.datasets)}")
         prompts = [self.datasets[request.split][row] for row in request.rows]
-        return self._sample(prompts, request, self.cfg.rollout.max_new_tokens)
+        return self._sample(prompts, request, self.cfg.rollout.max_new_tokens, self.cfg.rollout.top_p)
 
     def probe(self) -> list[SampleGroup]:
         """Short sampled answers to the first evaluation prompts, seeded by the policy version."""
@@ -68,27 +68,41 @@ class VllmRolloutEngine:
         dataset = self.datasets["eval"]
         rows = tuple(range(min(rollout.probe_prompts, len(dataset))))
         request = RolloutRequest("eval", rows, self.version, 1, False, self.cfg.controller.seed)
-        return self._sample([dataset[row] for row in rows], request, rollout.probe_new_tokens)
+        # Without top-p: it renormalises log-probabilities in a way that the learner can't know.
+        return self._sample([dataset[row] for row in rows], request, rollout.probe_new_tokens, top_p=1.0)
 
-    def _sample(self, prompts: list[Prompt], request: RolloutRequest, max_new_tokens: int) -> list[SampleGroup]:
-        inputs = [self._input(prompt) for prompt in prompts]
-        params = [self._params(prompt, request, max_new_tokens) for prompt in prompts]
+    def _sample(
+        self, prompts: list[Prompt], request: RolloutRequest, max_new_tokens: int, top_p: float
+    ) -> list[SampleGroup]:
+        inputs = [self.input(prompt) for prompt in prompts]
+        params = [self.params(prompt, request, max_new_tokens, top_p) for prompt in prompts]
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
         return [self._group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
-    def _input(self, prompt: Prompt) -> Any:
+    def input(self, prompt: Prompt) -> Any:
+        """One prompt as vLLM takes it: placeholders not yet expanded, pictures beside them.
+
+        Raises:
+            DataError: if it is longer than ``rollout.max_prompt_tokens``.
+        """
+        length = len(self.encoder.encode(prompt)[0])
+        if length > self.cfg.rollout.max_prompt_tokens:
+            raise DataError(
+                f"prompt {prompt.id!r} has {length} tokens; rollout.max_prompt_tokens allows "
+                f"{self.cfg.rollout.max_prompt_tokens}"
+            )
         ids = self.encoder.text_ids(prompt)
         if not prompt.images:
             return {"prompt_token_ids": ids}
         pictures = [Image.fromarray(picture) for picture in prompt.images]
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": pictures}}
 
-    def _params(self, prompt: Prompt, request: RolloutRequest, max_new_tokens: int) -> SamplingParams:
-        rollout = self.cfg.rollout
+    def params(self, prompt: Prompt, request: RolloutRequest, max_new_tokens: int, top_p: float) -> SamplingParams:
+        """vLLM's parameters for one prompt of a request."""
         return SamplingParams(
             n=request.samples_per_prompt,
-            temperature=0.0 if request.greedy else rollout.temperature,
-            top_p=1.0 if request.greedy else rollout.top_p,
+            temperature=0.0 if request.greedy else self.cfg.rollout.temperature,
+            top_p=1.0 if request.greedy else top_p,
             max_tokens=max_new_tokens,
             seed=None if request.greedy else sample_seed(request.seed, request.step, prompt.id),
             logprobs=0,
@@ -97,11 +111,6 @@ class VllmRolloutEngine:
 
     def _group(self, prompt: Prompt, output: Any) -> SampleGroup:
         prompt_ids = np.asarray(output.prompt_token_ids, dtype=np.int32)
-        if len(prompt_ids) > self.cfg.rollout.max_prompt_tokens:
-            raise DataError(
-                f"prompt {prompt.id!r} has {len(prompt_ids)} tokens; rollout.max_prompt_tokens allows "
-                f"{self.cfg.rollout.max_prompt_tokens}"
-            )
         samples = []
         for completion in sorted(output.outputs, key=lambda c: c.index):
             ids = np.asarray(completion.token_ids, dtype=np.int32)

@@ -1,0 +1,105 @@
+"""The numbers of one evaluation, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from skyrl.evaluation import evaluation_metrics, summarise
+from skyrl.monitoring.metrics import check_names
+from skyrl.types import Prompt, RewardParts, Sample, SampleGroup
+
+PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
+
+
+def group(
+    name: str,
+    kind: str,
+    rule: float | None,
+    *,
+    claims: tuple[int, int] = (0, 0),
+    pictured: bool = True,
+    tokens: int = 2,
+    truncated: bool = False,
+    well_formed: float = 1.0,
+    model: float = 0.0,
+    seen: str = "1",
+) -> SampleGroup:
+    """A group of one greedy sample; ``rule`` None means that it could not be scored."""
+    images, facts = ((PICTURE,), {"grid": [[1]]}) if pictured else ((), {})
+    sample = Sample(
+        index=0,
+        token_ids=np.zeros(tokens, dtype=np.int32),
+        logprobs=np.zeros(tokens, dtype=np.float32),
+        text=f"<think>I see {seen}.</think><answer>1</answer>",
+        truncated=truncated,
+        policy_version=0,
+        reward=None if rule is None else RewardParts(rule, well_formed, model, rule),
+        claims=claims[0],
+        false_claims=claims[1],
+        error="the verifier was killed" if rule is None else None,
+    )
+    return SampleGroup(Prompt(name, "?", images, "1", "numeric", kind, facts), np.zeros(3, np.int32), [sample])
+
+
+def groups() -> list[SampleGroup]:
+    return [
+        group("e/0", "sum", 1.0, claims=(4, 0), model=2.0),
+        group("e/1", "sum", 0.0, claims=(4, 3), tokens=6, model=-1.0),
+        group("e/2", "sum", None, claims=(2, 1), tokens=4),
+        group("e/3", "max", 1.0, claims=(0, 0), truncated=True, tokens=8, well_formed=0.0, model=2.0),
+        group("e/4", "text_arithmetic", 0.0, pictured=False, tokens=5, model=1.0),
+        group("e/5", "min", None, claims=(4, 0), tokens=5),
+    ]
+
+
+def test_every_number_by_hand() -> None:
+    metrics = evaluation_metrics(groups())
+    assert metrics == pytest.approx(
+        {
+            "eval/accuracy": 2 / 4,  # of the four that were scored
+            "eval/format": 3 / 4,
+            "eval/reward_model": (2 - 1 + 2 + 1) / 4,
+            "eval/errors": 2,
+            "eval/length_mean": (2 + 6 + 4 + 8 + 5 + 5) / 6,  # of all
+            "eval/truncated_share": 1 / 6,
+            "eval/hallucination": 2 / 5,  # of the five with a picture; the failed ones did say something too
+            "eval/false_claim_share": 4 / 14,
+            "eval/coverage": 4 / 5,
+            "eval/accuracy/sum": 1 / 2,
+            "eval/accuracy/max": 1.0,
+            "eval/accuracy/text_arithmetic": 0.0,
+        }
+    )
+    check_names(metrics)
+
+
+def test_without_pictures_nothing_is_said_about_hallucination() -> None:
+    metrics = evaluation_metrics([group("e/0", "text_arithmetic", 1.0, pictured=False)])
+    assert metrics["eval/accuracy"] == 1.0
+    assert all(math.isnan(metrics[f"eval/{name}"]) for name in ("hallucination", "false_claim_share", "coverage"))
+
+
+def test_when_nothing_could_be_scored_there_is_no_accuracy() -> None:
+    metrics = evaluation_metrics([group("e/0", "sum", None)])
+    assert math.isnan(metrics["eval/accuracy"])
+    assert metrics["eval/errors"] == 1
+    assert not [name for name in metrics if name.startswith("eval/accuracy/")]
+
+
+def test_summarise_chooses_a_gallery_once_and_fills_in_its_other_side_later() -> None:
+    before = [group("e/0", "sum", 1.0), group("e/1", "sum", 0.0), group("e/2", "sum", 0.0, seen="7")]
+    metrics, gallery = summarise(before, None, limit=2)
+    assert metrics["eval/accuracy"] == pytest.approx(1 / 3)
+    # Half of the places go to the first prompts, half to the next ones with a false claim: e/1 sees rightly.
+    assert [entry["id"] for entry in gallery] == ["e/0", "e/2"]
+    assert [(entry["before"]["correct"], entry["after"]) for entry in gallery] == [(True, None), (False, None)]
+    after = [group("e/0", "sum", 0.0), group("e/1", "sum", 0.0), group("e/2", "sum", 1.0)]
+    metrics, filled = summarise(after, gallery, limit=2)
+    assert metrics["eval/accuracy"] == pytest.approx(1 / 3)
+    assert [(e["id"], e["before"]["correct"], e["after"]["correct"]) for e in filled] == [
+        ("e/0", True, False),
+        ("e/2", False, True),
+    ]
