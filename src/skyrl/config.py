@@ -92,9 +92,9 @@ class ModelConfig:
     """``float32``, ``bfloat16`` or ``float16``; on CPU float32 keeps rollout and learner within 1e-6."""
     cache_dir: str | None = None
     """Where embedded models are kept; null means ``~/.cache/skyrl`` (or ``$SKYRL_CACHE``)."""
-    warm_start_steps: int = 180
+    warm_start_steps: int = 320
     """Supervised steps of the embedded policy."""
-    reward_body_steps: int = 120
+    reward_body_steps: int = 100
     """Further supervised steps of the embedded reward model's body."""
     reward_steps: int = 40
     """Bradley-Terry steps of the embedded reward model."""

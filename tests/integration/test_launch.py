@@ -91,7 +91,10 @@ def _exported_policy_serves(folder: Path) -> None:
     assert torch.isfinite(logits).all()
 
 
-def test_ctrl_c_ends_everything_and_the_run_can_be_resumed(model_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_an_interrupted_run_ends_cleanly_and_can_be_resumed(
+    model_cache: Path, tmp_path: Path, how: signal.Signals
+) -> None:
     marker = f"cut-{os.getpid()}"
     with subprocess.Popen(
         command(tmp_path, model_cache, "controller.steps=500", "checkpoint.every=1", "checkpoint.export=false"),
@@ -106,11 +109,13 @@ def test_ctrl_c_ends_everything_and_the_run_can_be_resumed(model_cache: Path, tm
         while not list(checkpoints.glob("step_*/COMPLETE.json")) and time.monotonic() < deadline:
             assert process.poll() is None, process.stdout and process.stdout.read()
             time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output[-2000:]
     assert "resume=auto" in output
     assert_none_left(marker)
+    if how is signal.SIGTERM:  # resuming is the same for both
+        return
     step = int(max(p.parent.name for p in checkpoints.glob("step_*/COMPLETE.json")).removeprefix("step_"))
     more = subprocess.run(
         command(tmp_path, model_cache, f"controller.steps={step + 1}", "resume=auto"),

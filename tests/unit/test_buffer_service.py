@@ -58,6 +58,8 @@ def test_fill_rule_by_hand():
         "buffer/effective_share_fresh": pytest.approx(2 / 3),
         "buffer/effective_share": pytest.approx(2 / 3),
         "buffer/pairs_share": 0,
+        "buffer/prompts": 2,
+        "buffer/mass": pytest.approx(2 * (3 * 1.0 + 5 * 0.6)),
     }
     # 24 fresh, 16 not effective: round(0.25 · 24) = 6 are replayed.
     second = [make_group("d", RIGHT_3_OF_8, version=2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,11 @@ def test_auto_takes_the_newest_of_all_runs_and_nothing_if_there_is_none(tmp_path
     newest = write(tmp_path / "second", 2)
     assert find_checkpoint("auto", tmp_path) == newest
     assert find_checkpoint("no", tmp_path) is None
+
+
+def test_a_run_resumed_from_an_early_step_keeps_what_it_writes_next(tmp_path: Path) -> None:
+    for step in (20, 40, 60, 80):
+        write(tmp_path, step)
+        time.sleep(0.01)
+    assert write(tmp_path, 30).name == "step_000030"
+    assert [p.name for p in Checkpoints(tmp_path, 2).complete()] == ["step_000030", "step_000080"]

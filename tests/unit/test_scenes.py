@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from skyrl.algorithms.hallucination import check_claims
-from skyrl.data.scenes import DIGIT_PIXELS, GRID, PICTURE_KINDS, SCENE_PIXELS, TEXT_KIND, DigitScenes, digit_pool, solve
+from skyrl.data.scenes import (
+    CARELESS_SHARE,
+    DIGIT_PIXELS,
+    GRID,
+    LOOK_ALIKE,
+    PICTURE_KINDS,
+    SCENE_PIXELS,
+    TEXT_KIND,
+    DigitScenes,
+    digit_pool,
+    solve,
+)
 from skyrl.rewards.format import extract_answer, format_reward
 from skyrl.rewards.verifiers import get_verifier
 from skyrl.types import DataError, Prompt
@@ -113,3 +124,31 @@ def test_what_does_not_exist() -> None:
             DigitScenes("train", 5, 0.1, 0)[row]
     with pytest.raises(DataError, match="unknown kind of question 'mean'"):
         solve("mean", [[1, 2], [3, 4]], 1)
+
+
+def test_the_careless_teacher_misreads_its_share_of_look_alikes_and_reasons_on_from_them() -> None:
+    scenes = DigitScenes("train", 2000, 0.2, seed=0)
+    misread = looked_at = 0
+    for row in range(1000):
+        prompt, careless = scenes.with_careless_reasoning(row)
+        assert prompt.id == scenes[row].id
+        if not prompt.images:
+            assert careless == scenes.with_reasoning(row)[1]
+            continue
+        truth = [digit for line in prompt.facts["grid"] for digit in line]
+        seen = [int(digit) for digit in careless.split("I see ")[1][:5].replace("/", "")]
+        for real, claimed in zip(truth, seen, strict=True):
+            looked_at += real in LOOK_ALIKE
+            misread += real != claimed
+            assert claimed in (real, LOOK_ALIKE.get(real))
+        if prompt.kind == "sum":  # the answer follows from what was claimed, not from the picture
+            assert careless.endswith(f"<answer>{sum(seen)}</answer>")
+    assert looked_at > 500
+    assert abs(misread / looked_at - CARELESS_SHARE) < 0.06
+
+
+def test_a_careless_answer_is_a_pure_function_of_the_row() -> None:
+    one, other = DigitScenes("train", 50, 0.2, seed=3), DigitScenes("train", 50, 0.2, seed=3)
+    assert [one.with_careless_reasoning(i)[1] for i in range(50)] == [
+        other.with_careless_reasoning(i)[1] for i in reversed(range(50))
+    ][::-1]

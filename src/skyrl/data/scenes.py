@@ -30,6 +30,11 @@ ADDING_KINDS = ("sum", "row_difference")
 SMALL = 5
 """Where numbers are added they are below this: a model of a million parameters shall have to read and to reason,
 not to learn a large table of sums by heart."""
+LOOK_ALIKE = {3: 2, 7: 1, 8: 9}
+"""What a careless eye takes these digits for."""
+CARELESS_SHARE = 0.6
+"""Share of such digits that the careless teacher misreads: above one half, so that a policy taught by it prefers the
+wrong digit, and well below one, so that it still knows the right one."""
 SPLITS = {"train": 0, "eval": 1, "reward": 2}
 """``reward`` draws other scenes of the training digits: the reward model's own training set."""
 
@@ -87,6 +92,15 @@ def solve(kind: str, grid: list[list[int]], target: int) -> tuple[str, str, str]
     raise DataError(f"unknown kind of question {kind!r}; allowed: {', '.join(PICTURE_KINDS)}")
 
 
+def _answered(reasoning: str, answer: str) -> str:
+    return f"<think>{reasoning}</think><answer>{answer}</answer>"
+
+
+def _numbers(question: str) -> list[int]:
+    """The numbers that a text question adds."""
+    return [int(digit) for digit in question.removeprefix("What is ").split("?")[0].split("+")]
+
+
 class DigitScenes:
     """A random-access data set of digit scenes and a share of text-only arithmetic.
 
@@ -109,7 +123,7 @@ class DigitScenes:
         return self.size
 
     def __getitem__(self, row: int) -> Prompt:
-        return self.with_reasoning(row)[0]
+        return self._prompt(row)[0]
 
     def with_reasoning(self, row: int) -> tuple[Prompt, str]:
         """Row ``row`` and a faithful answer to it, in the form that the policy is warm-started on.
@@ -117,16 +131,42 @@ class DigitScenes:
         Raises:
             DataError: if there is no such row.
         """
+        prompt, target = self._prompt(row)
+        if not prompt.images:
+            return prompt, _answered(f"{_chain(_numbers(prompt.question))}.", prompt.answer)
+        _, reasoning, answer = solve(prompt.kind, prompt.facts["grid"], target)
+        return prompt, _answered(reasoning, answer)
+
+    def with_careless_reasoning(self, row: int) -> tuple[Prompt, str]:
+        """Row ``row`` and the answer of a teacher who takes some digits for their look-alikes and reasons on from
+        there: demonstrations as they are often to be had, fluent, and false about the picture.
+
+        Raises:
+            DataError: if there is no such row.
+        """
+        prompt, target = self._prompt(row)
+        if not prompt.images:
+            return self.with_reasoning(row)
+        rng = np.random.default_rng([self.seed, SPLITS[self.split], row, 1])
+        seen = [
+            [LOOK_ALIKE[digit] if digit in LOOK_ALIKE and rng.random() < CARELESS_SHARE else digit for digit in line]
+            for line in prompt.facts["grid"]
+        ]
+        _, reasoning, answer = solve(prompt.kind, seen, target)
+        return prompt, _answered(reasoning, answer)
+
+    def _prompt(self, row: int) -> tuple[Prompt, int]:
+        """The prompt of a row, and the digit that a ``count`` question asks for."""
         if not 0 <= row < self.size:
             raise DataError(f"row {row} of split {self.split!r} does not exist; it has {self.size} rows")
         rng = np.random.default_rng([self.seed, SPLITS[self.split], row])
         if rng.random() < self.text_share:
-            return self._text(row, rng)
+            return self._text(row, rng), 0
         kind = PICTURE_KINDS[rng.integers(len(PICTURE_KINDS))]
         grid = rng.integers(0, SMALL if kind in ADDING_KINDS else 10, (GRID, GRID)).tolist()
         # Half of the count questions ask for a digit that is there, else the answer is nearly always 0.
         target = int(grid[rng.integers(GRID)][rng.integers(GRID)] if rng.random() < 0.5 else rng.integers(10))
-        question, reasoning, answer = solve(kind, grid, target)
+        question, _, answer = solve(kind, grid, target)
         prompt = Prompt(
             id=f"{self.split}/{row}",
             question=question + FORM,
@@ -136,14 +176,12 @@ class DigitScenes:
             kind=kind,
             facts={"grid": grid},
         )
-        return prompt, f"<think>{reasoning}</think><answer>{answer}</answer>"
+        return prompt, target
 
-    def _text(self, row: int, rng: np.random.Generator) -> tuple[Prompt, str]:
+    def _text(self, row: int, rng: np.random.Generator) -> Prompt:
         numbers = rng.integers(0, SMALL, int(rng.integers(2, 5))).tolist()
-        answer = str(sum(numbers))
         question = f"What is {'+'.join(map(str, numbers))}?{FORM}"
-        prompt = Prompt(f"{self.split}/{row}", question, (), answer, "numeric", TEXT_KIND)
-        return prompt, f"<think>{_chain(numbers)}.</think><answer>{answer}</answer>"
+        return Prompt(f"{self.split}/{row}", question, (), str(sum(numbers)), "numeric", TEXT_KIND)
 
     def _draw(self, grid: list[list[int]], rng: np.random.Generator) -> np.ndarray:
         """RGB picture uint8 [32, 32, 3] of the grid, with handwriting of this split."""

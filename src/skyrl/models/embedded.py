@@ -110,16 +110,17 @@ def _build(cfg: ModelConfig, folder: Path) -> None:
         third = bar.add_task("embedded reward model: Bradley-Terry", total=cfg.reward_steps)
 
         scenes = DigitScenes("train", SCENES, TEXT_SHARE, cfg.seed)
-        warm_start(policy, encoder, scenes, cfg.warm_start_steps, lambda s, _n, _l: bar.update(first, completed=s))
+        show = lambda task: lambda step, _steps, _loss: bar.update(task, completed=step)  # noqa: E731
+        warm_start(policy, encoder, scenes, cfg.warm_start_steps, show(first), careless=True)
         policy.save_pretrained(folder / "policy")
         encoder.processor.save_pretrained(folder / "policy")
 
         scenes = DigitScenes("reward", SCENES, TEXT_SHARE, cfg.seed)
-        # The judge must see better than the judged: its body is the policy's, taught for longer.
+        # The judge must see better than the judged: its body is the policy's, taught on by the faithful teacher.
         body = copy.deepcopy(policy)
-        warm_start(body, encoder, scenes, cfg.reward_body_steps, lambda s, _n, _l: bar.update(second, completed=s))
+        warm_start(body, encoder, scenes, cfg.reward_body_steps, show(second))
         reward_model, accuracy = train_reward_model(
-            policy, body, encoder, scenes, cfg.reward_steps, cfg.seed, lambda s, _n, _l: bar.update(third, completed=s)
+            policy, body, encoder, scenes, cfg.reward_steps, cfg.seed, show(third)
         )
         reward_model.save(folder / "reward")
     (folder / "reward" / "pair_accuracy.json").write_text(json.dumps({"held_out_pair_accuracy": accuracy}))

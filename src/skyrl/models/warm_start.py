@@ -1,4 +1,4 @@
-"""Supervised warm start of the embedded policy on faithful answers to training scenes."""
+"""Supervised warm start of the embedded models on demonstrations of training scenes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ Progress = Callable[[int, int, float], None]
 """Called with (step, steps, loss)."""
 
 
-def warm_start(model: Any, encoder: PromptEncoder, scenes: DigitScenes, steps: int, progress: Progress) -> None:
-    """Train ``model`` in place on the reasoning that the scenes' own facts give. Deterministic.
+def warm_start(
+    model: Any,
+    encoder: PromptEncoder,
+    scenes: DigitScenes,
+    steps: int,
+    progress: Progress,
+    careless: bool = False,
+) -> None:
+    """Train ``model`` in place on demonstrations of the scenes. Deterministic.
 
     Args:
+        careless: Take the careless teacher's demonstrations instead of the faithful ones.
         model: Idefics3 model in training mode, fp32.
         scenes: Training split; batch ``i`` takes rows ``i·64 …``.
         steps: Batches; about 0.3 s each on two cores.
@@ -34,7 +42,8 @@ def warm_start(model: Any, encoder: PromptEncoder, scenes: DigitScenes, steps: i
             group["lr"] = PEAK_LR * learning_rate_factor(step, steps)
         rows = []
         for i in range(step * BATCH, (step + 1) * BATCH):
-            prompt, answer = scenes.with_reasoning(i % len(scenes))
+            row = i % len(scenes)
+            prompt, answer = scenes.with_careless_reasoning(row) if careless else scenes.with_reasoning(row)
             ids = [*encoder.tokenizer(answer, add_special_tokens=False)["input_ids"], eos]
             rows.append((prompt, encoder.encode(prompt)[0], np.asarray(ids, dtype=np.int32)))
         batch = encoder.collate(rows)
