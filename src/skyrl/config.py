@@ -287,7 +287,7 @@ class LearnerConfig:
 
 @dataclass
 class EvaluationConfig:
-    every: int = 20
+    every: int = 10
     """Steps between evaluations; there is always one before the first step and one after the last.
     0 leaves only those two."""
     gallery: int = 12
@@ -306,7 +306,7 @@ class CheckpointConfig:
 
 @dataclass
 class ControllerConfig:
-    steps: int = 70
+    steps: int = 60
     """Length of the run."""
     seed: int = 0
     """Seed of sampling, replay and initialisation: the same seed and settings repeat a run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,10 +67,14 @@ def test_a_cluster_that_is_too_small_is_refused_at_once(two_nodes: Cluster, make
 
 def _actors() -> list[dict[str, str]]:
     """Name and node of every named actor of this namespace; each is asked where it runs."""
+    # By value: the actors can't import this test module.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     names = ray.util.list_named_actors()
     where = [ray.get_actor(name).__ray_call__.remote(_node) for name in names]
     return [{"Name": name, "NodeID": node} for name, node in zip(names, ray.get(where), strict=True)]
 
 
 def _node(_actor: object) -> str:
-    return ray.get_runtime_context().get_node_id()
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())

@@ -5,20 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
-from fakes import ListSink
 
 from skyrl.actors.pools import RayWeightSyncer
 from skyrl.actors.system import System, ray_session, start_system
 from skyrl.config import Config
-from skyrl.controller import Controller
 from skyrl.data.encode import PromptEncoder
-from skyrl.data.stream import PromptStream
 from skyrl.run import model_folders
 from skyrl.types import RolloutRequest, SampleGroup, SyncError
 
@@ -104,7 +100,9 @@ def test_a_skipped_sync_stops_with_a_clear_error(system: System) -> None:
     syncer = system.pools.syncer
     _train(system, step=2, version=2)
     skipping = RayWeightSyncer(syncer.learners, [_Without(a, "load_weights") for a in syncer.rollouts], syncer.cfg)
-    with pytest.raises(SyncError, match=r"after weight sync 3 .* differ by .* logprob_gap_limit is 0.0001"):
+    with pytest.raises(
+        SyncError, match=r"after weight sync 3 rollout and learner differ by .* rollout\.logprob_gap_limit is 0\.0001"
+    ):
         skipping.sync(3)
     syncer.sync(3)
 
@@ -143,25 +141,6 @@ def test_a_snapshot_without_one_layer_is_refused(system: System) -> None:
         ray.get(syncer.rollouts[0].load_weights.remote(partial))
 
 
-def test_three_steps_and_three_more_equal_six(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    """The resumed run samples the same tokens and has the same losses as one that never stopped."""
-    cfg = make_config("resume", tmp_path / "whole")
-    cfg.controller.steps = 6
-    whole = _run(cfg, restore=False)
-    cfg = make_config("resume", tmp_path / "cut")
-    cfg.controller.steps = 3
-    first = _run(cfg, restore=False)
-    cfg.controller.steps = 6
-    second = _run(cfg, restore=True)
-    assert [step for step, _ in whole.losses] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, _ in first.losses + second.losses] == [1, 2, 3, 4, 5, 6]
-    assert first.tokens + second.tokens == whole.tokens
-    assert len(whole.tokens) == 6 * 6 * 4
-    for (_, a), (_, b) in zip(first.losses + second.losses, whole.losses, strict=True):
-        assert a == pytest.approx(b, abs=1e-6)
-    assert len({round(loss, 6) for _, loss in whole.losses}) > 1
-
-
 def _train(system: System, step: int, version: int) -> dict[str, float]:
     scored = system.pools.reward.score(system.pools.rollout.generate(request(step=step, rows=tuple(range(12)))))
     batch, _ = system.pools.buffer.exchange(scored, step, version)
@@ -186,36 +165,3 @@ class _Without:
 class _Swallowed:
     def remote(self, *_: Any) -> Any:
         return ray.put(None)
-
-
-class _Recorded:
-    """A reward pool that also notes the tokens of what it scores."""
-
-    def __init__(self, pool: Any) -> None:
-        self.pool = pool
-        self.tokens: list[list[int]] = []
-        self.losses: list[tuple[int, float]] = []
-
-    def score(self, groups: list[Any]) -> list[Any]:
-        sampled = [group for part in ray.get(groups) for group in part]
-        if len(sampled[0].samples) > 1:  # not an evaluation
-            self.tokens += tokens(sampled)
-        return self.pool.score(groups)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.pool, name)
-
-
-def _run(cfg: Config, restore: bool) -> _Recorded:
-    with start_system(cfg, *model_folders(cfg)) as made:
-        recorded, sink = _Recorded(made.pools.reward), ListSink()
-        made.pools.reward = recorded
-        stream = PromptStream(made.rows["train"], cfg.data.seed)
-        run_dir = Path(cfg.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        controller = Controller(cfg, made.pools, stream, 4, sink, run_dir)
-        if restore:
-            controller.restore(controller.checkpoints.complete()[0])
-        controller.run()
-    recorded.losses = [(step, metrics["loss/total"]) for step, metrics in sink.records if "loss/total" in metrics]
-    return recorded

@@ -30,7 +30,7 @@ def test_document_agrees_with_the_code(generator: ModuleType) -> None:
     ("key", "kind", "text"),
     [
         ("rollout.num_workers", "int", "1 or more"),
-        ("rollout.samples_per_prompt", "int", "2 or more samples"),
+        ("rollout.samples_per_prompt", "int", "2 or more"),
         ("learner.zero_stage", "int", "0, 1, 2 or 3"),
         ("buffer.mix", "float", "in 0 … 1"),
         ("model.dtype", "str", "one of float32, bfloat16, float16"),

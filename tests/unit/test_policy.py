@@ -48,7 +48,7 @@ def test_equals_log_softmax_of_the_full_logits(parts: Any, temperature: float) -
         with torch.no_grad():
             want = answer_logprobs(double, encoder, row, temperature)
         np.testing.assert_allclose(mine, want.numpy(), rtol=1e-6, atol=1e-5)
-    assert np.std(np.concatenate(got)) > 0.5  # the test would see a wrong position
+    assert np.std(np.concatenate(got)) > 0.3  # far above the tolerance: the test would see a wrong position
 
 
 def test_padding_changes_nothing(parts: Any) -> None:

@@ -98,9 +98,10 @@ def test_every_prompt_gets_its_own_answers_and_every_call_a_seed(monkeypatch: py
         *[("reward/159", letters(0), letters(4))] * 2,
         *[("reward/160", letters(1), letters(5))] * 2,
     ]
-    assert [len(ids) for ids, _, _ in calls] == [640, 4]
+    assert [len(ids) for ids, _, _ in calls] == [480, 164]
     assert calls[0][0][:5] == ["reward/0"] * 4 + ["reward/1"]
-    assert calls[1] == (["reward/160"] * 4, 1.0, 5 + 160)
+    assert calls[1][0][-5:] == ["reward/159"] + ["reward/160"] * 4
+    assert [call[1:] for call in calls] == [(1.0, 5), (1.0, 5 + 120)]
 
 
 # ---------------------------------------------------------------- training

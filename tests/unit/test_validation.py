@@ -145,7 +145,11 @@ def nccl_with_a_cpu_learner(cfg: Config) -> None:
 
 
 def half_on_cpu(cfg: Config) -> None:
-    cfg.model.dtype, cfg.rollout.device = "float16", "cuda"
+    cfg.model.dtype = "float16"
+
+
+def shared_memory_on_gpus(cfg: Config) -> None:
+    cfg.rollout.device = "cuda"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +168,7 @@ def half_on_cpu(cfg: Config) -> None:
         (nccl_on_cpu, ["rollout.weight_sync=nccl", "rollout.device=cuda", "learner.device=cuda"]),
         (nccl_with_a_cpu_learner, ["rollout.weight_sync=nccl", "learner.device=cuda"]),
         (half_on_cpu, ["model.dtype=float16"]),
+        (shared_memory_on_gpus, ["rollout.weight_sync=shm", "rollout.device=cuda", "nccl"]),
     ],
 )
 def test_impossible_combinations(change: Callable[[Config], None], keys: list[str]) -> None:
