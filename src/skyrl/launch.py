@@ -101,7 +101,7 @@ def _hydra_main(tree: DictConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # As in the actors: this process trains the embedded models, perhaps beside other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from skyrl.run import run
 
     started = time.monotonic()

@@ -83,6 +83,10 @@ def model_folders(cfg: Config) -> tuple[str, str | None]:
     """Folders of policy and reward model; builds the embedded ones if they are asked for and not cached."""
     policy, reward = cfg.model.policy, cfg.model.reward
     if "digits" in (policy, reward):
+        from transformers.utils import logging as transformers_logging
+
+        # It warns of the library's own default configuration, which is only compared with when ours is saved.
+        transformers_logging.set_verbosity_error()
         own_policy, own_reward = embedded_models(cfg.model)
         policy = str(own_policy) if policy == "digits" else policy
         reward = str(own_reward) if reward == "digits" else reward
