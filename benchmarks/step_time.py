@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import statistics
 import subprocess
@@ -30,8 +31,8 @@ PHASES = ("rollout", "reward", "buffer", "learner", "sync")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
-    parser.add_argument("--steps", type=int, default=14, help="steps measured, the warm-up included")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps that are not counted")
+    parser.add_argument("--steps", type=int, default=20, help="steps measured, the warm-up included")
+    parser.add_argument("--warm-up", type=int, default=8, help="steps that are not counted")
     parser.add_argument("--part", choices=["generate", "forward_backward"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -48,13 +49,16 @@ def main() -> None:
 
 def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
     """Whole steps first, then each bare part in a process of its own."""
+    from skyrl.actors.system import COMMON_ENVIRONMENT
+
     records = whole_steps(work, steps)
     result = {"step": _median(record["time/step"] for record in records[warm_up:])}
     for phase in PHASES:
         result[phase] = _median(record[f"time/{phase}"] for record in records[warm_up:])
     for part in ("generate", "forward_backward"):
         command = [sys.executable, __file__, "--part", part, "--work", str(work)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # The same environment as the actors have: only the system's own work may make a difference.
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | COMMON_ENVIRONMENT)
         if done.returncode:
             raise SystemExit(f"{part} failed:\n{done.stderr[-3000:]}")
         result[f"bare_{part}"] = _median(json.loads((work / f"{part}.json").read_text())[warm_up:])
@@ -139,8 +143,6 @@ class _Sink:
 
 def bare_generate(work: Path) -> list[float]:
     """Seconds of ``LLM.generate`` alone for each recorded request."""
-    import os
-
     from skyrl.rollout.environment import rollout_environment
 
     cfg = config()
@@ -164,8 +166,6 @@ def bare_generate(work: Path) -> list[float]:
 
 def bare_forward_backward(work: Path) -> list[float]:
     """Seconds of plain forward and backward passes over each recorded train batch, collation not counted."""
-    import os
-
     import torch
 
     from skyrl.data.encode import PromptEncoder

@@ -38,6 +38,9 @@ COMMON_ENVIRONMENT = {
     # Threads that spin long while they wait made a learner step up to seven times slower beside one other busy
     # process; threads that sleep at once lose time on an idle machine. So: spin for some microseconds only.
     "GOMP_SPINCOUNT": "20000",
+    # Keep freed memory: activations of every step would else be mapped and zeroed by the kernel again.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 
 
