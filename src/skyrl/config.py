@@ -178,7 +178,7 @@ class RewardConfig:
     """Seconds that one verifier call may take before it is killed."""
     numeric_tolerance: float = 1e-6
     """Relative and absolute tolerance of the ``numeric`` verifier."""
-    model_batch: int = 256
+    model_batch: int = 64
     """Samples that the reward model scores in one forward pass."""
     device: str = "cpu"
     """``cpu`` or ``cuda``, of the reward model."""

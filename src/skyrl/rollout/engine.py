@@ -85,13 +85,8 @@ class VllmRolloutEngine:
         Raises:
             DataError: if it is longer than ``rollout.max_prompt_tokens``.
         """
-        length = len(self.encoder.encode(prompt)[0])
-        if length > self.cfg.rollout.max_prompt_tokens:
-            raise DataError(
-                f"prompt {prompt.id!r} has {length} tokens; rollout.max_prompt_tokens allows "
-                f"{self.cfg.rollout.max_prompt_tokens}"
-            )
         ids = self.encoder.text_ids(prompt)
+        self._check_length(prompt, len(ids))  # placeholders not expanded yet; _group checks the whole
         if not prompt.images:
             return {"prompt_token_ids": ids}
         pictures = [Image.fromarray(picture) for picture in prompt.images]
@@ -109,8 +104,14 @@ class VllmRolloutEngine:
             allowed_token_ids=self._allowed,
         )
 
+    def _check_length(self, prompt: Prompt, length: int) -> None:
+        limit = self.cfg.rollout.max_prompt_tokens
+        if length > limit:
+            raise DataError(f"prompt {prompt.id!r} has {length} tokens; rollout.max_prompt_tokens allows {limit}")
+
     def _group(self, prompt: Prompt, output: Any) -> SampleGroup:
         prompt_ids = np.asarray(output.prompt_token_ids, dtype=np.int32)
+        self._check_length(prompt, len(prompt_ids))
         samples = []
         for completion in sorted(output.outputs, key=lambda c: c.index):
             ids = np.asarray(completion.token_ids, dtype=np.int32)
