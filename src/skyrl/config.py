@@ -251,8 +251,9 @@ class AlgorithmConfig:
 class LearnerConfig:
     num_workers: int = 1
     """Ranks, one DeepSpeed engine each."""
-    zero_stage: int = 1
-    """ZeRO stage 0 … 3."""
+    zero_stage: int = 0
+    """ZeRO stage 0 … 3. A single rank has nothing to shard; with more, 1 shards the optimizer, 2 also the gradients,
+    3 also the parameters."""
     trainable: Trainable = Trainable.all
     """Modules that are trained."""
     lr: float = 1e-4
