@@ -29,6 +29,10 @@ class FakeRollout:
         self.log.calls.append(("generate", request))
         return [[_group(request.split, row, request.samples_per_prompt) for row in request.rows]]
 
+    def continue_blind(self, groups: list[Any], step: int) -> list[Any]:
+        self.log.calls.append(("continue_blind", step))
+        return groups
+
     def wait(self, handles: list[Any]) -> None:
         self.log.calls.append(("wait_rollout",))
 
@@ -44,8 +48,10 @@ class FakeReward:
     def wait(self, handles: list[Any]) -> None:
         self.log.calls.append(("wait_reward",))
 
-    def evaluate(self, groups: list[Any], gallery: Any, limit: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        self.log.calls.append(("evaluate", gallery))
+    def evaluate(
+        self, groups: list[Any], blind: list[Any], gallery: Any
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        self.log.calls.append(("evaluate", gallery, sum(map(len, blind))))
         return {"eval/accuracy": 0.5}, (gallery or [{"id": "eval/0"}])
 
 
@@ -59,6 +65,10 @@ class FakeBuffer:
         self.log.calls.append(("exchange", step, version, rows))
         self.total += len(rows)
         return rows, {"buffer/size": float(self.total), "rollout_samples": 10.0, "rollout_tokens": 100.0}
+
+    def offline(self, step: int) -> tuple[Any, dict[str, float]]:
+        self.log.calls.append(("offline", step))
+        return [f"pair {step}"], {"rollout_samples": 0.0, "rollout_tokens": 0.0}
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.total))
@@ -76,6 +86,10 @@ class FakeLearner:
         self.log.calls.append(("train", batch))
         self.seen += batch
         return {"loss/total": float(len(self.seen))}
+
+    def picture_drop(self, groups: list[Any]) -> dict[str, float]:
+        self.log.calls.append(("picture_drop",))
+        return {"eval/picture_drop": 0.1}
 
     def save(self, folder: Path) -> None:
         folder.mkdir()

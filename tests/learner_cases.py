@@ -27,13 +27,17 @@ SMALL, LARGE = 150, 100_000
 
 
 def settings(stage: int, world_size: int = 1, micro_batch_tokens: int = SMALL) -> Config:
-    """Every term and knob of the learner is on: KL penalty, MPO, weight decay, warm-up, a clip that acts."""
+    """Every term and knob of the learner is on: KL penalty, MPO with smoothed labels and a moving weight, weight decay,
+    warm-up, a clip that acts."""
     cfg = Config()
     cfg.learner.zero_stage, cfg.learner.num_workers = stage, world_size
     cfg.learner.micro_batch_tokens = micro_batch_tokens
     cfg.learner.lr, cfg.learner.warmup_steps, cfg.learner.weight_decay = 5e-5, 2, 0.1
     cfg.learner.max_grad_norm = 0.5
     cfg.algorithm.grpo.kl_weight = 0.05
+    cfg.algorithm.mpo.label_smoothing, cfg.algorithm.mpo.generation_weight_end = 0.1, 0.2
+    cfg.controller.steps = 5
+    cfg.hallucination.probe_prompts = 4
     cfg.rollout.temperature = 0.8
     cfg.controller.timeout = 60.0  # ranks that wait for each other in vain fail soon
     return cfg
@@ -125,7 +129,7 @@ class Cases:
 
         self.policy, self.work, self.rank, self.world_size = policy, work, rank, world_size
         self.results: dict[tuple[str, int], Any] = {}
-        self._make: Callable[[Config], Any] = lambda cfg: DeepSpeedLearner(cfg, policy, rank, world_size)
+        self.make: Callable[[Config], Any] = lambda cfg: DeepSpeedLearner(cfg, policy, rank, world_size)
 
     def weights(self, learner: Any) -> dict[str, np.ndarray] | None:
         from skyrl.models.snapshot import parameters_of
@@ -135,7 +139,7 @@ class Cases:
 
     def steps(self, name: str, cfg: Config, count: int, resume: bool = False, **batch: Any) -> None:
         """``count`` steps; with ``resume`` the last one again from a checkpoint in a new engine."""
-        learner = self._make(cfg)
+        learner = self.make(cfg)
         gradients = record_gradients(learner)
         out: dict[str, Any] = {"start": self.weights(learner), "metrics": [], "weights": [], "gradients": gradients}
         parts = learner.engine.module.modules()
@@ -147,8 +151,9 @@ class Cases:
             out["metrics"].append(learner.train_step(make_batch(learner.encoder, step, **batch)))
             out["weights"].append(self.weights(learner))
         out["delta"] = learner.delta.state_dict()
+        out["has_reference"] = learner.reference is not None
         if resume:
-            again = self._make(cfg)
+            again = self.make(cfg)
             again.load(folder)
             out["resumed_metrics"] = again.train_step(make_batch(again.encoder, count, **batch))
             out["resumed_weights"] = self.weights(again)
@@ -158,7 +163,7 @@ class Cases:
     def on_policy(self, stage: int) -> None:
         """A first step whose behaviour log-probabilities are the learner's own; then export; also an empty batch."""
         cfg = settings(stage, self.world_size)
-        learner = self._make(cfg)
+        learner = self.make(cfg)
         batch = make_batch(learner.encoder, 1)
         own = learner.logprobs(groups_of(batch))
         for item, logprobs in zip(batch.items, own, strict=True):
@@ -173,13 +178,15 @@ class Cases:
         self.results["on_policy", stage] = {
             "logprobs": own, "before": before, "empty": empty, "after_empty": after_empty, "metrics": metrics,
             "after": after, "folder": str(folder), "weights": self.weights(learner),
+            "picture_drop": learner.picture_drop(groups_of(batch)),
+            "text_drop": learner.picture_drop(groups_of(make_batch(learner.encoder, 1, text_only=True))),
         }  # fmt: skip
 
     def not_finite(self, stage: int) -> None:
         """A nan in the loss, then one in the gradient only, then one among the pair members' log-probabilities."""
         errors = []
         for where in ("loss", "gradient", "delta"):
-            learner = self._make(settings(stage, self.world_size))
+            learner = self.make(settings(stage, self.world_size))
             before = self.weights(learner)
             batch = make_batch(learner.encoder, 7)
             if where == "loss":
@@ -202,7 +209,7 @@ class Cases:
     def half_precision(self, stage: int) -> None:
         cfg = settings(stage, self.world_size)
         cfg.model.dtype = "bfloat16"
-        learner = self._make(cfg)
+        learner = self.make(cfg)
         metrics = [learner.train_step(make_batch(learner.encoder, step)) for step in (1, 2)]
         self.results["bfloat16", stage] = metrics
 
@@ -235,7 +242,7 @@ class Cases:
         cfg = settings(1)
         cfg.learner.gradient_checkpointing = True
         self.steps("checkpointing", cfg, 1)
-        learner = self._make(settings(1))
+        learner = self.make(settings(1))
         for stage, folder in enumerate(("nowhere", "checkpoint-adapter-3-1")):
             try:
                 learner.load(self.work / folder)
@@ -243,13 +250,14 @@ class Cases:
                 self.results["load_error", stage] = str(error)
 
 
-def main(policy: str, work: str, rank: str, world_size: str) -> None:
+def run_cases(run: Callable[[Cases], None], policy: str, work: str, rank: str, world_size: str) -> None:
+    """The process of one rank: run the cases and write their results."""
     torch.set_num_threads(1)
     cases = Cases(policy, Path(work), int(rank), int(world_size))
-    cases.run()
+    run(cases)
     with (Path(work) / f"results-{world_size}-{rank}.pkl").open("wb") as file:
         pickle.dump(cases.results, file)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_cases(Cases.run, *sys.argv[1:])

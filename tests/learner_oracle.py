@@ -49,10 +49,20 @@ def batch_mean_reward(batch: TrainBatch, reference: list[torch.Tensor], beta: fl
     return beta * sum(shifts) / len(members)
 
 
+def kl_of_pairs(batch: TrainBatch, current: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
+    """Mean over the tokens of all pair members of e^d − d − 1, d = log π_0 − log π_θ."""
+    members = [i for pair in batch.pairs for i in (pair.chosen, pair.rejected)]
+    d = torch.cat([reference[i] - current[i] for i in members]).detach()
+    return float((torch.exp(d) - d - 1).mean())
+
+
 def step_loss(
     batch: TrainBatch, current: list[torch.Tensor], reference: list[torch.Tensor], delta: float, cfg: Config
 ) -> torch.Tensor:
-    """grpo.weight · (Eq. 8 + KL) + mpo.weight · (Eqs. 2-5) of a whole step, averaged over samples and pairs."""
+    """grpo.weight · (Eq. 8 + KL) + mpo.weight · (Eqs. 2-5) of a whole step, averaged over samples and pairs.
+
+    Of the settings it knows the label smoothing, ``reference_free`` and the end of the generation term's weight.
+    """
     grpo, mpo = cfg.algorithm.grpo, cfg.algorithm.mpo
     total = torch.zeros((), dtype=torch.float64)
     for item, logprobs, ref in zip(batch.items, current, reference, strict=True):
@@ -64,27 +74,43 @@ def step_loss(
         d = ref - logprobs
         token_loss = -gain + grpo.kl_weight * (torch.exp(d) - d - 1)
         total = total + grpo.weight * item.grpo_weight * token_loss.mean() / batch.grpo_samples
+    done = (batch.step - 1) / (cfg.controller.steps - 1)
+    end = mpo.generation_weight if mpo.generation_weight_end is None else mpo.generation_weight_end
+    generation_weight = (1 - done) * mpo.generation_weight + done * end
     for pair in batch.pairs:
-        chosen, rejected = (mpo.beta * (current[i].sum() - reference[i].sum()) for i in (pair.chosen, pair.rejected))
-        preference = -torch.log(torch.sigmoid(chosen - rejected))
+        ends = [0.0 if mpo.reference_free else reference[i].sum() for i in (pair.chosen, pair.rejected)]
+        chosen = mpo.beta * (current[pair.chosen].sum() - ends[0])
+        rejected = mpo.beta * (current[pair.rejected].sum() - ends[1])
+        right, wrong = torch.sigmoid(chosen - rejected), torch.sigmoid(rejected - chosen)
+        preference = -(1 - mpo.label_smoothing) * torch.log(right) - mpo.label_smoothing * torch.log(wrong)
         quality = -torch.log(torch.sigmoid(chosen - delta)) - torch.log(torch.sigmoid(-(rejected - delta)))
         generation = -current[pair.chosen].mean()
-        loss = mpo.preference_weight * preference + mpo.quality_weight * quality + mpo.generation_weight * generation
+        loss = mpo.preference_weight * preference + mpo.quality_weight * quality + generation_weight * generation
         total = total + mpo.weight * loss / len(batch.pairs)
     return total
 
 
 def gradients(
-    folder: str, encoder: PromptEncoder, batch: TrainBatch, weights: Mapping[str, np.ndarray], delta: float, cfg: Config
-) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss of a step at ``weights`` and its gradient by parameter name; the reference is the policy in ``folder``."""
-    model, reference_model = load(folder, weights), load(folder)
+    folder: str,
+    encoder: PromptEncoder,
+    batch: TrainBatch,
+    weights: Mapping[str, np.ndarray],
+    delta: float,
+    cfg: Config,
+    reference_weights: Mapping[str, np.ndarray] | None = None,
+) -> tuple[float, dict[str, np.ndarray], float]:
+    """Loss of a step at ``weights``, its gradient by parameter name, and the KL estimate on its pairs.
+
+    The reference is the policy in ``folder``, or the one of ``reference_weights``.
+    """
+    model, reference_model = load(folder, weights), load(folder, reference_weights)
     temperature = cfg.rollout.temperature
     current = [answer_logprobs(model, encoder, item, temperature) for item in batch.items]
     reference = [answer_logprobs(reference_model, encoder, item, temperature).detach() for item in batch.items]
     loss = step_loss(batch, current, reference, delta, cfg)
     loss.backward()
-    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), found, kl_of_pairs(batch, current, reference)
 
 
 def adamw(

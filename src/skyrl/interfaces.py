@@ -38,6 +38,10 @@ class RolloutEngine(Protocol):
 
     def generate(self, request: RolloutRequest) -> list[SampleGroup]: ...
 
+    def continue_blind(self, groups: list[SampleGroup], step: int) -> list[SampleGroup]:
+        """Fill ``SampleGroup.blind`` (DropoutNTP) of scored groups with pictures, in place."""
+        ...
+
     def load_weights(self, snapshot: WeightSnapshot) -> None: ...
 
     def probe(self) -> list[SampleGroup]:
@@ -56,6 +60,10 @@ class SampleBuffer(Protocol):
 
     def exchange(self, groups: list[SampleGroup], step: int, version: int) -> tuple[TrainBatch, Metrics]: ...
 
+    def offline(self, step: int) -> tuple[TrainBatch, Metrics]:
+        """The batch of one step of offline MPO: the next ``data.pairs_per_step`` pairs of ``data.pairs_path``."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -68,6 +76,10 @@ class Learner(Protocol):
 
     def logprobs(self, groups: list[SampleGroup]) -> list[np.ndarray]:
         """float32 [T] for every sample in order, under the sampling distribution (for the sync probe)."""
+        ...
+
+    def picture_drop(self, groups: list[SampleGroup]) -> Metrics:
+        """How much less likely the answers become when most of the picture is blackened (masked-picture probe)."""
         ...
 
     def snapshot(self, version: int) -> WeightSnapshot: ...
@@ -95,6 +107,10 @@ class RolloutPool(Protocol):
         """Handles of ``list[SampleGroup]`` that together hold the rows in order. Returns at once."""
         ...
 
+    def continue_blind(self, groups: list[Handle], step: int) -> list[Handle]:
+        """Handles of the scored groups with ``SampleGroup.blind`` filled. Returns at once."""
+        ...
+
     def wait(self, handles: list[Handle]) -> None: ...
 
 
@@ -106,9 +122,10 @@ class RewardPool(Protocol):
     def wait(self, handles: list[Handle]) -> None: ...
 
     def evaluate(
-        self, groups: list[Handle], gallery: list[dict[str, Any]] | None, limit: int
+        self, groups: list[Handle], blind: list[Handle], gallery: list[dict[str, Any]] | None
     ) -> tuple[Metrics, list[dict[str, Any]]]:
-        """Metrics of evaluated groups and the report's gallery; see ``skyrl.evaluation.summarise``."""
+        """Metrics of evaluated groups (``blind``: some of them asked again without the picture) and the report's
+        gallery; see ``skyrl.evaluation.summarise``."""
         ...
 
 
@@ -118,6 +135,10 @@ class BufferService(Protocol):
         ``rollout_samples`` and ``rollout_tokens``, the counts from which the controller computes throughput."""
         ...
 
+    def offline(self, step: int) -> tuple[Handle, Metrics]:
+        """The handle of the batch of one step of offline MPO."""
+        ...
+
     def save(self, path: Path) -> None: ...
 
     def load(self, path: Path) -> None: ...
@@ -125,6 +146,10 @@ class BufferService(Protocol):
 
 class LearnerPool(Protocol):
     def train_step(self, batch: Handle) -> Metrics: ...
+
+    def picture_drop(self, groups: list[Handle]) -> Metrics:
+        """The masked-picture probe on the first ``hallucination.probe_prompts`` groups with a picture."""
+        ...
 
     def save(self, folder: Path) -> None: ...
 

@@ -53,6 +53,7 @@ def compose_config(overrides: list[str]) -> Config:
     Raises:
         ConfigError: for an unknown key or group, or a value of the wrong type; it names the key and near misses.
     """
+    ConfigStore.instance().store(name="config_schema", node=Config)
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         try:
             # Interpolations such as the run folder's date need Hydra's own job, so they stay unresolved here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from skyrl.actors.gauges import RayGaugeSink
 from skyrl.actors.system import ray_session, start_system
 from skyrl.checkpoint import find_checkpoint, read_state
-from skyrl.config import Config, WandbMode
+from skyrl.config import Config, DataConfig, WandbMode
 from skyrl.controller import Controller
 from skyrl.data.stream import PromptStream
 from skyrl.interfaces import MetricSink
@@ -46,11 +47,7 @@ def run(cfg: Config) -> dict[str, Any]:
     elif cfg.resume == "auto":
         console.print("resume=auto: no complete checkpoint yet, a fresh run starts")
     run_dir = Path(cfg.run_dir).resolve()
-    # Actors on a joined cluster need not share this process's working folder.
-    data = dataclasses.replace(
-        cfg.data, train_path=_absolute(cfg.data.train_path), eval_path=_absolute(cfg.data.eval_path)
-    )
-    cfg = dataclasses.replace(cfg, data=data)
+    cfg = dataclasses.replace(cfg, data=_absolute_paths(cfg.data))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", cfg)
     policy, reward = model_folders(cfg)
@@ -61,9 +58,10 @@ def run(cfg: Config) -> dict[str, Any]:
             counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
             console.print("starting {} rollout, {} reward and {} learner actors, 1 sample buffer".format(*counts))
             with start_system(cfg, policy, reward) as system:
-                stream = PromptStream(system.rows["train"], cfg.data.seed)
+                rows = pool_rows(cfg.data)
+                stream = PromptStream(system.rows["train"] if rows is None else len(rows), cfg.data.seed)
                 with closing(_sinks(cfg, run_dir, checkpoint, console)) as sinks:
-                    controller = Controller(cfg, system.pools, stream, system.rows["eval"], sinks, run_dir)
+                    controller = Controller(cfg, system.pools, stream, system.rows["eval"], sinks, run_dir, rows)
                     if checkpoint is not None:
                         controller.restore(checkpoint)
                     controller.run()
@@ -91,6 +89,22 @@ def model_folders(cfg: Config) -> tuple[str, str | None]:
         policy = str(own_policy) if policy == "digits" else policy
         reward = str(own_reward) if reward == "digits" else reward
     return str(Path(policy).resolve()), _absolute(reward)
+
+
+def pool_rows(cfg: DataConfig) -> Sequence[int] | None:
+    """Rows of the training data that ``data.pool_path`` leaves; None without a pool."""
+    if cfg.pool_path is None:
+        return None
+    from skyrl.data import pool
+    from skyrl.data.datasets import build_datasets
+
+    return pool.pool_rows(Path(cfg.pool_path), cfg, build_datasets(cfg)["train"]).tolist()
+
+
+def _absolute_paths(data: DataConfig) -> DataConfig:
+    """Actors on a joined cluster need not share this process's working folder."""
+    names = ("train_path", "eval_path", "pool_path", "pairs_path")
+    return dataclasses.replace(data, **{name: _absolute(getattr(data, name)) for name in names})
 
 
 def _absolute(path: str | None) -> str | None:

@@ -69,7 +69,8 @@ class Sample:
     """int32 [T]: the answer's tokens, with the end-of-sequence token if it was reached."""
     logprobs: np.ndarray
     """float32 [T]: log π_behaviour(token) under the distribution it was really drawn from
-    (temperature applied, forbidden tokens masked)."""
+    (temperature applied, forbidden tokens masked). All ``nan`` where that is unknown: offline pairs, and answers that
+    were continued without the picture. Such a sample can be a member of a preference pair only."""
     text: str
     """The decoded answer, tags included, without the end-of-sequence token."""
     truncated: bool
@@ -107,6 +108,9 @@ class SampleGroup:
     """int32 [P]: the prompt as the rollout engine saw it, picture placeholders expanded. The learner
     uses the same ids and checks that its own pictures fill exactly these placeholders."""
     samples: list[Sample]
+    blind: tuple[int, Sample] | None = None
+    """``algorithm.mpo.pairs=dropout_ntp`` only: the place of the chosen sample in ``samples``, and its first half
+    continued without the picture, which becomes the rejected one (its log-probabilities are ``nan``)."""
 
 
 @dataclass(slots=True)
@@ -130,7 +134,8 @@ class PreferencePair:
     chosen: int
     rejected: int
     margin: float
-    """r_θ(chosen) − r_θ(rejected), in the reward model's raw units; at least the threshold."""
+    """r_θ(chosen) − r_θ(rejected), in the reward model's raw units; at least the threshold. ``nan`` where the reward
+    model did not score both."""
 
 
 @dataclass(slots=True)
@@ -160,6 +165,9 @@ class RolloutRequest:
     greedy: bool
     seed: int
     """The run's seed. A sample's own seed is derived from (seed, step, prompt, sample index)."""
+    blind: bool = False
+    """Ask without the picture: rows that have none are left out, and ``#blind`` is added to each prompt's id, because
+    caches go by id."""
 
 
 @dataclass(slots=True)

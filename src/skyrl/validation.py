@@ -2,78 +2,37 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 
-from skyrl.config import Config, GrpoFilter, WeightSync
+from skyrl.config import (
+    Config,
+    GrpoFilter,
+    Mismatch,
+    PairSource,
+    Ratio,
+    Stage,
+    Surrogate,
+    ThresholdKind,
+    WeightSync,
+)
+from skyrl.config.ranges import (
+    AT_LEAST_ONE,
+    DEVICES,
+    DTYPES,
+    EMBEDDED_POSITIONS,
+    MIN_CONFIDENCE,
+    NOT_NEGATIVE,
+    OPEN_SHARES,
+    OPTIONAL_NOT_NEGATIVE,
+    PICTURE_KINDS,
+    POSITIVE,
+    SHARES,
+)
 from skyrl.types import ConfigError
-
-DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = ("cpu", "cuda")
-EMBEDDED_POSITIONS = 512
-AT_LEAST_ONE = (
-    "rollout.num_workers",
-    "reward.num_workers",
-    "learner.num_workers",
-    "rollout.prompts_per_step",
-    "rollout.max_prompt_tokens",
-    "rollout.max_new_tokens",
-    "rollout.tensor_parallel_size",
-    "rollout.max_num_seqs",
-    "rollout.kv_cache_gib",
-    "rollout.probe_prompts",
-    "rollout.probe_new_tokens",
-    "reward.model_batch",
-    "buffer.capacity",
-    "buffer.max_age",
-    "data.train_size",
-    "data.eval_size",
-    "learner.micro_batch_tokens",
-    "controller.steps",
-    "checkpoint.keep",
-    "model.warm_start_steps",
-    "model.reward_body_steps",
-    "model.reward_steps",
-    "algorithm.mpo.pairs_per_prompt",
-)
-NOT_NEGATIVE = (
-    "evaluation.every",
-    "evaluation.gallery",
-    "checkpoint.every",
-    "learner.warmup_steps",
-    "learner.weight_decay",
-    "buffer.alpha",
-    "algorithm.grpo.weight",
-    "algorithm.grpo.kl_weight",
-    "algorithm.mpo.weight",
-    "algorithm.mpo.preference_weight",
-    "algorithm.mpo.quality_weight",
-    "algorithm.mpo.generation_weight",
-    "reward.model_weight",
-    "reward.format_weight",
-    "reward.numeric_tolerance",
-    "data.seed",
-    "model.seed",
-    "controller.seed",
-    "rollout.threads",
-    "reward.threads",
-    "learner.threads",
-)
-POSITIVE = (
-    "rollout.temperature",
-    "reward.verifier_timeout",
-    "reward.squash_scale",
-    "learner.lr",
-    "learner.max_grad_norm",
-    "algorithm.mpo.beta",
-    "controller.timeout",
-)
-SHARES = (
-    "data.text_share",
-    "buffer.mix",
-    "learner.min_lr_ratio",
-)
 
 
 def validate(cfg: Config) -> None:
@@ -93,7 +52,16 @@ def _ranges(cfg: Config) -> Iterator[str]:
         (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
         (POSITIVE, lambda value: value > 0, "above 0"),
         (SHARES, lambda value: 0 <= value <= 1, "in 0 … 1"),
-        (("rollout.top_p",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        (OPEN_SHARES, lambda value: 0 < value < 1, "above 0 and below 1"),
+        (OPTIONAL_NOT_NEGATIVE, lambda value: value is None or value >= 0, "null, or 0 or more"),
+        (("rollout.top_p", "buffer.recency"), lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        (("buffer.fill_target",), lambda value: value is None or 0 <= value <= 1, "null, or in 0 … 1"),
+        (("algorithm.grpo.dual_clip",), lambda value: value is None or value > 1, "null, or above 1"),
+        (("algorithm.grpo.mismatch_cap",), lambda value: value > 1, "above 1"),
+        (("algorithm.mpo.label_smoothing",), lambda value: 0 <= value < 0.5, "0 or more and below 0.5"),
+        (("algorithm.mpo.delta_decay",), lambda value: 0 <= value < 1, "0 or more and below 1"),
+        (("algorithm.mpo.reference_kl",), lambda value: value is None or value > 0, "null, or above 0"),
+        (("filter.rows",), lambda value: value is None or value >= 1, "null, or 1 or more"),
     )
     for keys, allowed, words in rules:
         for key in keys:
@@ -140,14 +108,25 @@ def _combinations(cfg: Config) -> Iterator[str]:
         )
     if rollout.prompts_per_step > cfg.data.train_size and cfg.data.source == "digits":
         yield f"rollout.prompts_per_step={rollout.prompts_per_step} is more than data.train_size={cfg.data.train_size}"
-    if grpo.weight == 0 and mpo.weight == 0:
-        yield "algorithm.grpo.weight=0 and algorithm.mpo.weight=0: nothing would be trained; set one above 0"
+    algorithm = cfg.algorithm
+    if not algorithm.uses_grpo and not algorithm.uses_mpo:
+        yield (
+            f"algorithm.stage={algorithm.stage.value} with algorithm.grpo.weight={grpo.weight:g} and "
+            f"algorithm.mpo.weight={mpo.weight:g}: nothing would be trained; set a weight above 0"
+        )
+    if algorithm.stage is Stage.mpo_then_grpo and not 1 <= algorithm.mpo_steps < cfg.controller.steps:
+        yield (
+            f"algorithm.mpo_steps={algorithm.mpo_steps}: with algorithm.stage=mpo_then_grpo it must be 1 or more and "
+            f"below controller.steps={cfg.controller.steps}, so that both stages run"
+        )
     if not 0 <= grpo.clip_low < 1 or grpo.clip_high < 0:
         yield (
             f"algorithm.grpo.clip_low={grpo.clip_low}, clip_high={grpo.clip_high}: "
             "clip_low must be in 0 … 1 and clip_high 0 or more"
         )
     yield from _reward_combinations(cfg)
+    yield from _objective_combinations(cfg)
+    yield from _thresholds(cfg)
     yield from _data_combinations(cfg)
     yield from _device_combinations(cfg)
 
@@ -155,12 +134,17 @@ def _combinations(cfg: Config) -> Iterator[str]:
 def _reward_combinations(cfg: Config) -> Iterator[str]:
     grpo, mpo = cfg.algorithm.grpo, cfg.algorithm.mpo
     if cfg.model.reward is None:
-        if mpo.weight > 0:
+        if cfg.algorithm.uses_mpo and cfg.data.pairs_path is None and mpo.pairs is not PairSource.rule:
             yield (
-                "model.reward=null with algorithm.mpo.weight="
-                f"{mpo.weight}: pairs and their threshold need a reward model; set model.reward, or "
-                "algorithm.mpo.weight=0"
+                f"model.reward=null with algorithm.mpo.weight={mpo.weight:g}: a reward model chooses the pairs of "
+                f"pairs={mpo.pairs.value}; set model.reward, algorithm.mpo.pairs=rule, or algorithm.stage=grpo"
             )
+        thresholds = {"algorithm.gate": cfg.algorithm.gate}
+        if cfg.algorithm.uses_mpo and mpo.pairs is PairSource.rule:
+            thresholds["algorithm.mpo.threshold"] = mpo.threshold
+        for key, threshold in thresholds.items():
+            if threshold.kind is not ThresholdKind.off:
+                yield f"model.reward=null with {key}.kind={threshold.kind.value}: needs a reward model; use off"
         if cfg.reward.model_weight != 0:
             yield f"model.reward=null with reward.model_weight={cfg.reward.model_weight}; set reward.model_weight=0"
         if grpo.filter is GrpoFilter.all:
@@ -172,8 +156,61 @@ def _reward_combinations(cfg: Config) -> Iterator[str]:
         )
 
 
+def _objective_combinations(cfg: Config) -> Iterator[str]:
+    grpo, mpo, stage = cfg.algorithm.grpo, cfg.algorithm.mpo, cfg.algorithm.stage
+    if grpo.surrogate is Surrogate.cispo and grpo.dual_clip is not None:
+        yield (
+            f"algorithm.grpo.dual_clip={grpo.dual_clip} with surrogate=cispo, which has no clipped objective; set "
+            "dual_clip=null or surrogate=clip"
+        )
+    if grpo.ratio is Ratio.sequence and grpo.mismatch in (Mismatch.token_truncate, Mismatch.token_mask):
+        yield (
+            f"algorithm.grpo.mismatch={grpo.mismatch.value} corrects single tokens, algorithm.grpo.ratio=sequence "
+            "whole samples; use mismatch=sequence_mask or none"
+        )
+    if mpo.reference_free and (mpo.reference_every or mpo.reference_kl is not None):
+        yield "algorithm.mpo.reference_free=true with reference_every or reference_kl: there is no reference to refresh"
+    if cfg.data.pairs_path is not None and stage is not Stage.mpo:
+        yield f"data.pairs_path with algorithm.stage={stage.value}: offline pairs train MPO alone; set stage=mpo"
+    if cfg.data.pairs_path is not None and not Path(cfg.data.pairs_path).is_file():
+        yield f"data.pairs_path={cfg.data.pairs_path}: no such file; it must be a Parquet file of pairs"
+
+
+def _thresholds(cfg: Config) -> Iterator[str]:
+    for key, threshold in (
+        ("algorithm.mpo.threshold", cfg.algorithm.mpo.threshold),
+        ("algorithm.gate", cfg.algorithm.gate),
+    ):
+        if threshold.kind is not ThresholdKind.risk_controlled:
+            continue
+        if threshold.confidence < MIN_CONFIDENCE:
+            yield (
+                f"{key}.confidence={threshold.confidence}: with kind=risk_controlled it must be {MIN_CONFIDENCE} or "
+                "more, or its bound does not hold"
+            )
+        # With fewer, even a spotless sample can't show that the risk is under its target.
+        need = math.floor(math.log(1 - threshold.confidence) / math.log(1 - threshold.target_risk)) + 1
+        if threshold.min_labelled < need:
+            yield (
+                f"{key}.min_labelled={threshold.min_labelled}: target_risk={threshold.target_risk} with confidence="
+                f"{threshold.confidence} can't be shown with fewer than {need} labelled candidates; use {need} or more"
+            )
+
+
 def _data_combinations(cfg: Config) -> Iterator[str]:
     rollout = cfg.rollout
+    if cfg.data.pool_path is not None and not Path(cfg.data.pool_path).is_file():
+        yield f"data.pool_path={cfg.data.pool_path}: no such file; python -m skyrl.filter_prompts writes one"
+    unknown = [kind for kind in cfg.data.kinds if kind not in PICTURE_KINDS]
+    if unknown or not cfg.data.kinds:
+        yield f"data.kinds={cfg.data.kinds}: must be one or more of {', '.join(PICTURE_KINDS)}"
+    if not cfg.data.pool_min < cfg.data.pool_max:
+        yield f"data.pool_min={cfg.data.pool_min} must be below data.pool_max={cfg.data.pool_max}"
+    for pattern in cfg.hallucination.phrases:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"hallucination.phrases: {pattern!r} is no regular expression ({error})"
     if cfg.data.source == "parquet":
         for key in ("train_path", "eval_path"):
             path = getattr(cfg.data, key)

@@ -5,12 +5,7 @@ All engines run in three processes that the first test starts: one rank alone, t
 
 from __future__ import annotations
 
-import os
-import pickle
-import shutil
-import socket
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +14,18 @@ import numpy as np
 import pytest
 import torch
 from learner_cases import SMALL, STAGES, build_policy, make_batch, settings
+from learner_runs import distance, gradient_error, run_all
 
+from skyrl.config import Config
 from skyrl.data.encode import PromptEncoder
 from skyrl.data.packing import plan_micro_batches
+from skyrl.data.pictures import mask_picture
 from skyrl.models.freezing import module_of
 from skyrl.models.policy import load_policy
 from skyrl.monitoring.metrics import check_names
 
 pytestmark = pytest.mark.integration
-CASES = Path(__file__).parents[1] / "learner_cases.py"
-LIMIT = 400
-Weights = dict[str, np.ndarray]
 RUNS = [(1, stage) for stage in STAGES] + [(2, stage) for stage in STAGES]
-
-
-def run_ranks(policy: Path, work: Path, world_size: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-        "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    logs = [work / f"log-{world_size}-{rank}.txt" for rank in range(world_size)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(CASES), str(policy), str(work), str(rank), str(world_size)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=LIMIT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    tails = "\n".join(log.read_text()[-3000:] for log in logs)
-    assert codes == [0] * world_size, tails
 
 
 @pytest.fixture(scope="module")
@@ -65,36 +37,14 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[Any, Any]]:
+def results(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(world size, rank) → results of all cases there."""
-    work = tmp_path_factory.mktemp("ranks")
-    found = {}
-    for world_size in (1, 2):
-        run_ranks(policy, work, world_size)
-        for rank in range(world_size):
-            file = work / f"results-{world_size}-{rank}.pkl"
-            found[world_size, rank] = pickle.loads(file.read_bytes())
-            file.unlink()  # pytest would keep hundreds of megabytes of three sessions
-    for checkpoint in work.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return found
+    return run_all("learner_cases.py", policy, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def encoder(policy: Path) -> PromptEncoder:
     return PromptEncoder.from_pretrained(str(policy))
-
-
-def distance(a: Weights, b: Weights) -> float:
-    assert a.keys() == b.keys()
-    return max(float(np.abs(a[name] - b[name]).max()) for name in a)
-
-
-def gradient_error(got: Weights, want: Weights) -> float:
-    """Largest difference, in units of the largest entry."""
-    assert got.keys() == want.keys()
-    largest = max(float(np.abs(g).max()) for g in want.values())
-    return distance(got, want) / largest
 
 
 # ---------------------------------------------------------------- gradients, optimizer, ranks
@@ -125,9 +75,11 @@ def test_loss_and_gradient_equal_the_float64_oracle(
         means.append(learner_oracle.batch_mean_reward(batch, reference, cfg.algorithm.mpo.beta))
     delta = float(np.mean(means))
     weights = run["start"] if step == 1 else run["weights"][step - 2]
-    loss, want = learner_oracle.gradients(str(policy), encoder, batch, weights, delta, cfg)
+    loss, want, kl = learner_oracle.gradients(str(policy), encoder, batch, weights, delta, cfg)
     metrics = run["metrics"][step - 1]
     assert metrics["mpo/delta"] == pytest.approx(delta, abs=1e-5)
+    assert metrics["mpo/kl_reference"] == pytest.approx(kl, rel=1e-3, abs=1e-9)
+    assert metrics["mpo/reference_age"] == step - 1
     assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
     assert gradient_error(run["gradients"][step - 1], want) < 1e-5
     norm = np.sqrt(sum(np.square(g).sum() for g in want.values()))
@@ -236,6 +188,28 @@ def test_first_on_policy_step(results: Any, world_size: int, stage: int) -> None
     assert metrics["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
     assert metrics["loss/quality"] == pytest.approx(1.386294, abs=1e-5)
     assert max(np.abs(a - b).max() for a, b in zip(run["after"], run["logprobs"], strict=True)) > 1e-3
+
+
+def test_picture_drop_equals_the_float64_oracle(results: Any, policy: Path, encoder: PromptEncoder) -> None:
+    """``probe_prompts`` is 4, so the first four answers, which are to two scenes."""
+    cfg: Config = settings(0)
+    model = learner_oracle.load(str(policy), results[1, 0]["on_policy", 0]["weights"])
+    drops = []
+    for item in make_batch(encoder, 1).items[:4]:
+        prompt = item.prompt
+        (picture,) = prompt.images
+        hidden = mask_picture(picture, f"{prompt.id}/0", cfg.hallucination.mask_share, cfg.hallucination.mask_patch)
+        masked = replace(item, prompt=replace(prompt, id=f"{prompt.id}-hidden", images=(hidden,)))
+        with torch.no_grad():
+            with_picture = learner_oracle.answer_logprobs(model, encoder, item, 0.8)
+            drops.append((with_picture - learner_oracle.answer_logprobs(model, encoder, masked, 0.8)).numpy())
+    want = float(np.concatenate(drops).mean())
+    assert abs(want) > 1e-2
+    for world_size, stage in RUNS:
+        for rank in range(world_size):
+            run = results[world_size, rank]["on_policy", stage]
+            assert run["picture_drop"] == {"eval/picture_drop": pytest.approx(want, abs=1e-5)}
+            assert run["text_drop"] == {}
 
 
 @pytest.mark.parametrize(("world_size", "stage"), RUNS)

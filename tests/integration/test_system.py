@@ -87,6 +87,52 @@ def test_scoring_fills_every_part_of_the_reward(system: System) -> None:
     assert all(np.isfinite([s.reward.rule, s.reward.format, s.reward.model, s.reward.total]).all() for s in samples)
 
 
+def test_a_blind_request_leaves_out_the_picture_and_prompts_without_one(system: System, config: Config) -> None:
+    asked = request(rows=tuple(range(24)), greedy=True)
+    pictured = [group for group in groups_of(system, asked) if group.prompt.images]
+    blind = groups_of(system, replace(asked, blind=True))
+    assert [group.prompt.id for group in blind] == [f"{group.prompt.id}#blind" for group in pictured]
+    # The embedded processor writes a picture as special tokens only.
+    special = set(PromptEncoder.from_pretrained(model_folders(config)[0]).forbidden_token_ids())
+    for with_picture, without in zip(pictured, blind, strict=True):
+        assert without.prompt.images == () and without.prompt.question == with_picture.prompt.question
+        assert without.prompt_ids.tolist() == [i for i in with_picture.prompt_ids.tolist() if i not in special]
+    assert tokens(blind) != tokens(pictured)
+    assert tokens(groups_of(system, replace(asked, blind=True))) == tokens(blind)
+
+
+def test_the_best_answers_first_half_is_continued_without_the_picture(system: System, config: Config) -> None:
+    def continued(step: int) -> list[SampleGroup]:
+        scored = system.pools.reward.score(system.pools.rollout.generate(request(rows=tuple(range(24)))))
+        parts = ray.get(system.pools.rollout.continue_blind(scored, step))
+        return [group for part in parts for group in part]
+
+    groups = continued(step=1)
+    found = [group for group in groups if group.blind is not None]
+    assert found and all(group.prompt.images for group in found)
+    encoder = PromptEncoder.from_pretrained(model_folders(config)[0])
+    forbidden = set(encoder.forbidden_token_ids())
+    for group in found:
+        place, made_up = group.blind or (0, None)
+        chosen, ids = group.samples[place], made_up.token_ids.tolist()
+        ended = [sample for sample in group.samples if not sample.truncated and len(sample.token_ids) > 1]
+        assert chosen.reward.model == max(sample.reward.model for sample in ended)
+        half = len(chosen.token_ids) // 2
+        assert ids[:half] == chosen.token_ids[:half].tolist() and half < len(ids) <= config.rollout.max_new_tokens
+        assert not forbidden & set(ids) and np.isnan(made_up.logprobs).all() and len(made_up.logprobs) == len(ids)
+        assert made_up.truncated == (ids[-1] != encoder.tokenizer.eos_token_id)
+        # Decoded as vLLM decoded the chosen answer, which begins with the same tokens.
+        start = encoder.tokenizer.decode(ids[:half])
+        assert chosen.text.startswith(start) and made_up.text.startswith(start)
+        assert encoder.tokenizer.eos_token not in made_up.text
+    assert any(len(g.blind[1].token_ids) > len(g.samples[g.blind[0]].token_ids) // 2 + 1 for g in found if g.blind)
+
+    def said(groups: list[SampleGroup]) -> list[Any]:
+        return [group.blind and group.blind[1].token_ids.tolist() for group in groups]
+
+    assert said(continued(step=1)) == said(groups) != said(continued(step=2))
+
+
 def test_a_trained_but_unsynced_policy_is_noticed_and_a_sync_mends_it(system: System) -> None:
     syncer = system.pools.syncer
     before = syncer.sync(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeBuffer, FakeLearner, FakeReward, FakeRollout, FakeSyncer, ListSink, Log
 
-from skyrl.config import Config
+from skyrl.config import Config, PairSource, Stage
 from skyrl.controller import Controller, Pools
 from skyrl.data.stream import PromptStream
 from skyrl.types import SyncError
@@ -16,17 +16,20 @@ from skyrl.types import SyncError
 
 def config(steps: int = 3, evaluate: int = 0, save: int = 0) -> Config:
     cfg = Config()
+    cfg.hallucination.probe_prompts = 0
     cfg.controller.steps = steps
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt = 2, 2
     cfg.evaluation.every, cfg.checkpoint.every = evaluate, save
     return cfg
 
 
-def controller(cfg: Config, run_dir: Path, broken_at: int | None = None) -> tuple[Controller, Log, ListSink]:
+def controller(
+    cfg: Config, run_dir: Path, broken_at: int | None = None, rows: list[int] | None = None
+) -> tuple[Controller, Log, ListSink]:
     log, sink = Log(), ListSink()
     pools = Pools(FakeRollout(log), FakeReward(log), FakeBuffer(log), FakeLearner(log), FakeSyncer(log, broken_at))
     ticks = itertools.count()
-    made = Controller(cfg, pools, PromptStream(10, 0), 4, sink, run_dir, clock=lambda: float(next(ticks)))
+    made = Controller(cfg, pools, PromptStream(10, 0), 4, sink, run_dir, rows, clock=lambda: float(next(ticks)))
     return made, log, sink
 
 
@@ -34,9 +37,9 @@ def test_one_step_calls_every_part_in_the_order_of_the_dataflow(tmp_path: Path) 
     made, log, _ = controller(config(steps=1), tmp_path)
     made.run()
     assert log.names() == [
-        *("sync", "generate", "score", "evaluate"),
+        *("sync", "generate", "score", "wait_reward", "evaluate"),
         *("generate", "wait_rollout", "score", "wait_reward", "exchange", "train", "sync"),
-        *("generate", "score", "evaluate", "export"),
+        *("generate", "score", "wait_reward", "evaluate", "export"),
     ]
 
 
@@ -108,3 +111,52 @@ def test_a_broken_sync_stops_the_run_before_another_rollout(tmp_path: Path) -> N
         made.run()
     assert log.calls[-1] == ("sync", 2)
     assert log.names().count("train") == 2
+
+
+def test_probes_ask_the_first_prompts_again_without_the_picture_and_show_their_cost(tmp_path: Path) -> None:
+    cfg = config(steps=1)
+    cfg.hallucination.probe_prompts = 3
+    made, log, sink = controller(cfg, tmp_path)
+    made.run()
+    blind = [call[1] for call in log.calls if call[0] == "generate" and call[1].blind]
+    assert [(r.split, r.rows, r.greedy) for r in blind] == [("eval", (0, 1, 2), True)] * 2
+    assert [call[2] for call in log.calls if call[0] == "evaluate"] == [3, 3]
+    evaluated = [metrics for _, metrics in sink.records if "eval/accuracy" in metrics]
+    assert all(m["eval/picture_drop"] == 0.1 and 0 < m["eval/probe_seconds"] < m["eval/seconds"] for m in evaluated)
+
+
+def test_dropout_ntp_continues_the_scored_groups_without_the_picture(tmp_path: Path) -> None:
+    cfg = config(steps=3)
+    cfg.algorithm.mpo.pairs = PairSource.dropout_ntp
+    cfg.algorithm.stage, cfg.algorithm.mpo_steps = Stage.mpo_then_grpo, 2
+    made, log, sink = controller(cfg, tmp_path)
+    made.run()
+    # In the second stage nothing forms pairs.
+    assert [call[1] for call in log.calls if call[0] == "continue_blind"] == [1, 2]
+    assert [("time/blind" in metrics) for _, metrics in sink.records if "time/step" in metrics] == [True, True, False]
+    names = log.names()
+    place = names.index("continue_blind")
+    assert names[place - 1] == "wait_reward" and names[place + 2] == "exchange"
+
+
+def test_offline_pairs_replace_sampling_and_scoring(tmp_path: Path) -> None:
+    cfg = config(steps=2)
+    cfg.data.pairs_path, cfg.algorithm.stage = "pairs.parquet", Stage.mpo
+    made, log, _ = controller(cfg, tmp_path)
+    made.run()
+    assert not [call for call in log.calls if call[0] == "generate" and call[1].split == "train"]
+    assert [call for call in log.calls if call[0] in ("offline", "train", "exchange")] == [
+        ("offline", 1),
+        ("train", ["pair 1"]),
+        ("offline", 2),
+        ("train", ["pair 2"]),
+    ]
+
+
+def test_a_pool_names_the_rows_that_are_asked(tmp_path: Path) -> None:
+    pool = [100 + place for place in range(10)]
+    made, log, _ = controller(config(steps=2), tmp_path, rows=pool)
+    made.run()
+    stream = PromptStream(10, 0)
+    wanted = [tuple(pool[place] for place in stream.take(2)) for _ in range(2)]
+    assert [call[1].rows for call in log.calls if call[0] == "generate" and call[1].split == "train"] == wanted

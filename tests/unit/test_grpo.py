@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
-from skyrl.algorithms.grpo import grpo_loss, kl_k1, kl_k2, kl_k3
+from skyrl.algorithms.grpo import grpo_loss, step_denominator
+from skyrl.algorithms.kl import kl_k1, kl_k2, kl_k3
 from skyrl.algorithms.objective import merge_stats
-from skyrl.config import Aggregation, GrpoConfig
+from skyrl.config import Aggregation, GrpoConfig, Surrogate
 
 
 def tensor(*values):
@@ -78,13 +79,14 @@ def test_on_policy_is_the_identity(aggregation):
     leaf = logprobs.clone().requires_grad_()
     tokens = int(mask.sum())
     cfg = GrpoConfig(aggregation=aggregation)
-    denominator = 5 if aggregation is Aggregation.sample else tokens
+    denominator = step_denominator(aggregation, 5, tokens, 8)
     loss, sums = grpo_loss(leaf, logprobs, advantages, mask, weights, cfg, denominator)
     loss.backward()
     assert sums["grpo_ratio"].item() == tokens and sums["grpo_ratio_max"].item() == 1
     assert sums["grpo_clipped"].item() == 0 and sums["grpo_kl_behaviour"].item() == 0
     # The policy gradient: −A ∇ log π, spread over the tokens as the aggregation says.
-    share = mask / (mask.sum(1, keepdim=True) * 5 if aggregation is Aggregation.sample else tokens)
+    divisor = {"sample": mask.sum(1, keepdim=True) * 5, "token": tokens, "fixed": 5 * 8}[aggregation.value]
+    share = mask / divisor
     assert torch.allclose(leaf.grad, -advantages.unsqueeze(1) * share)
 
 
@@ -180,6 +182,7 @@ def test_bfloat16_is_computed_in_float32():
         ({"denominator": -1}, "denominator is -1"),
         ({"cfg": GrpoConfig(kl_weight=0.1)}, "kl_weight is 0.1"),
         ({"reference_logprobs": torch.zeros(2, 1)}, "reference_logprobs"),
+        ({"cfg": GrpoConfig(surrogate=Surrogate.cispo, dual_clip=3.0)}, "dual_clip is 3.0 with surrogate cispo"),
     ],
 )
 def test_refuses(change, message):
@@ -194,6 +197,11 @@ def test_refuses(change, message):
     }
     with pytest.raises(ValueError, match=message):
         grpo_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(("aggregation", "denominator"), [("sample", 3), ("token", 17), ("fixed", 30)])
+def test_denominator_of_a_step(aggregation, denominator):
+    assert step_denominator(Aggregation(aggregation), 3, 17, 10) == denominator
 
 
 def test_kl_estimators_by_hand():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from skyrl.algorithms.objective import finalise, merge_stats
-from skyrl.config import Aggregation, AlgorithmConfig, GrpoConfig, MpoConfig
+from skyrl.config import Aggregation, AlgorithmConfig, GrpoConfig, KlPlace, Mismatch, MpoConfig, Ratio, Stage
 from skyrl.learner.losses import micro_loss, pair_sums, pairs_in, reduce_stats
 from skyrl.types import PreferencePair, Prompt, Sample, SkyrlError, TrainBatch, TrainItem
 
@@ -34,7 +35,7 @@ def test_both_terms_by_hand() -> None:
     batch = step_of([item([-1.0, -2.0], 1.0), item([-3.0], -0.5, 0.0)], [PreferencePair(0, 1, 2.0)])
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     cfg = AlgorithmConfig(mpo=MpoConfig(weight=0.25))
-    result = micro_loss(batch, [0, 1], logprobs, torch.tensor([0.1, 0.2, 0.3]), logprobs.detach(), 0.0, cfg)
+    result = micro_loss(batch, [0, 1], logprobs, torch.tensor([0.1, 0.2, 0.3]), logprobs.detach(), 0.0, cfg, 8, 0.0)
     # GRPO: -1 · 1 over one sample. MPO: 0.8 · 0.693147 + 0.2 · 1.386294 + 1.0 · (1 + 2) / 2.
     assert result.loss.item() == pytest.approx(-1 + 0.25 * (0.831777 + 1.5), abs=1e-5)
     result.loss.backward()
@@ -50,10 +51,10 @@ def test_both_terms_by_hand() -> None:
 def test_gap_is_that_of_fresh_answers_only() -> None:
     batch = step_of([item([-1.0], 1.0), item([-1.0], 1.0, replayed=True)], [])
     logprobs = torch.tensor([-1.25, -7.0])
-    stats = micro_loss(batch, [0, 1], logprobs, torch.zeros(2), None, 0.0, AlgorithmConfig()).stats
+    stats = micro_loss(batch, [0, 1], logprobs, torch.zeros(2), None, 0.0, AlgorithmConfig(), 8, 0.0).stats
     assert float(stats["fresh_gap_max"]) == pytest.approx(0.25)
     both_replayed = replace(batch, items=[replace(i, replayed=True) for i in batch.items])
-    stats = micro_loss(both_replayed, [0, 1], logprobs, torch.zeros(2), None, 0.0, AlgorithmConfig()).stats
+    stats = micro_loss(both_replayed, [0, 1], logprobs, torch.zeros(2), None, 0.0, AlgorithmConfig(), 8, 0.0).stats
     assert float(stats["fresh_gap_max"]) == 0
 
 
@@ -75,20 +76,35 @@ def run(parts: list[list[int]], cfg: AlgorithmConfig) -> tuple[float, list[list[
     for part in parts:
         joined = torch.cat([leaves[i] for i in part])
         entropy = -joined.detach()
-        result = micro_loss(batch, part, joined, entropy, torch.cat([reference[i] for i in part]), 0.05, cfg)
+        result = micro_loss(batch, part, joined, entropy, torch.cat([reference[i] for i in part]), 0.05, cfg, 8, 0.0)
         result.loss.backward()
         total += result.loss.item()
         stats.append(result.stats)
     metrics = finalise(
-        reduce_stats(merge_stats(stats), CPU, 1), cfg, batch.grpo_samples, batch.grpo_tokens, len(batch.pairs), 0.05
+        reduce_stats(merge_stats(stats), CPU, 1),
+        cfg,
+        cfg.weights(batch.step),
+        batch.grpo_samples,
+        batch.grpo_tokens,
+        len(batch.pairs),
+        8,
+        0.05,
     )
     return total, [leaf.grad.tolist() if leaf.grad is not None else [0.0] * len(leaf) for leaf in leaves], metrics
 
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
-@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
-def test_cutting_the_step_changes_nothing(aggregation: Aggregation, kl_weight: float) -> None:
-    cfg = AlgorithmConfig(grpo=GrpoConfig(aggregation=aggregation, kl_weight=kl_weight))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"kl_weight": 0.1},
+        {"kl_weight": 0.1, "kl_place": KlPlace.reward, "dual_clip": 1.2, "ratio": Ratio.sequence},
+        *({"mismatch": kind, "mismatch_cap": 1.3} for kind in Mismatch if kind is not Mismatch.none),
+    ],
+)
+def test_cutting_the_step_changes_nothing(aggregation: Aggregation, settings: dict[str, Any]) -> None:
+    cfg = AlgorithmConfig(grpo=GrpoConfig(aggregation=aggregation, **settings))
     whole = run([list(range(9))], cfg)
     cut = run([[6, 3], [8], [1, 0, 2, 7], [5, 4]], cfg)
     assert cut[0] == pytest.approx(whole[0], rel=1e-5)
@@ -107,15 +123,48 @@ def test_a_term_of_weight_zero_leaves_no_trace(off: str) -> None:
         batch.pairs.clear()
     logprobs = torch.cat(current).requires_grad_()
     stats = micro_loss(
-        batch, list(range(9)), logprobs, torch.zeros_like(logprobs), torch.cat(reference), 0.0, cfg
+        batch, list(range(9)), logprobs, torch.zeros_like(logprobs), torch.cat(reference), 0.0, cfg, 8, 0.0
     ).stats
     assert not [name for name in stats if name.startswith(off)]
+
+
+@pytest.mark.parametrize(("step", "trained", "other"), [(2, "mpo", "grpo"), (3, "grpo", "mpo")])
+def test_each_stage_trains_its_own_term(step: int, trained: str, other: str) -> None:
+    batch, current, reference = random_step()
+    batch.step = step
+    logprobs = torch.cat(current).requires_grad_()
+    arguments = (batch, list(range(9)), logprobs, torch.zeros_like(logprobs), torch.cat(reference), 0.05)
+    staged = micro_loss(*arguments, AlgorithmConfig(stage=Stage.mpo_then_grpo, mpo_steps=2), 8, 0.0)
+    assert not [name for name in staged.stats if name.startswith(other)]
+    alone = micro_loss(*arguments, AlgorithmConfig(stage=Stage(trained)), 8, 0.0)
+    assert staged.loss.item() == alone.loss.item() != 0
+
+
+def test_fixed_aggregation_divides_by_the_length_limit() -> None:
+    batch, current, _ = random_step()
+    logprobs = torch.cat(current)
+    losses = [
+        micro_loss(
+            batch,
+            list(range(9)),
+            logprobs,
+            torch.zeros_like(logprobs),
+            None,
+            0.0,
+            AlgorithmConfig(stage=Stage.grpo, grpo=GrpoConfig(aggregation=aggregation)),
+            limit,
+            0.0,
+        ).loss.item()
+        for aggregation, limit in ((Aggregation.fixed, 8), (Aggregation.fixed, 16), (Aggregation.token, 8))
+    ]
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-6)
+    assert losses[0] * batch.grpo_samples * 8 == pytest.approx(losses[2] * batch.grpo_tokens, rel=1e-6)
 
 
 def test_a_micro_batch_without_any_term_has_a_zero_loss_with_a_graph() -> None:
     batch = step_of([item([-1.0], 1.0, 0.0), item([-1.0], 1.0)], [])
     logprobs = torch.tensor([-1.0], requires_grad=True)
-    result = micro_loss(batch, [0], logprobs, torch.zeros(1), None, 0.0, AlgorithmConfig())
+    result = micro_loss(batch, [0], logprobs, torch.zeros(1), None, 0.0, AlgorithmConfig(), 8, 0.0)
     result.loss.backward()
     assert (result.loss.item(), logprobs.grad.tolist()) == (0, [0])
     assert float(result.stats["tokens"]) == 1
@@ -129,7 +178,8 @@ def test_pair_sums_by_hand() -> None:
     got = [pair_sums(batch, part, torch.cat([reference[i] for i in part]), 0.1) for part in ([2, 5, 0], [3, 6], [1, 4])]
     assert sum(got) == pytest.approx(want, rel=1e-5)
     assert got[2] == 0
-    assert pair_sums(batch, [0, 2], None, 0.1) == 0
+    alone = 0.1 * sum(float(batch.items[i].sample.logprobs.sum()) for i in (0, 2))
+    assert pair_sums(batch, [0, 2], None, 0.1) == pytest.approx(alone, rel=1e-5)  # without a reference h = log π_θ
 
 
 def test_pairs_in() -> None:
@@ -152,6 +202,6 @@ def test_reduce_refuses_a_statistic_that_it_would_lose() -> None:
 
 def test_nan_is_not_hidden() -> None:
     batch = step_of([item([math.nan, -1.0], 1.0)], [])
-    result = micro_loss(batch, [0], torch.tensor([-1.0, -1.0]), torch.zeros(2), None, 0.0, AlgorithmConfig())
+    result = micro_loss(batch, [0], torch.tensor([-1.0, -1.0]), torch.zeros(2), None, 0.0, AlgorithmConfig(), 8, 0.0)
     assert math.isnan(result.loss.item())
     assert math.isnan(reduce_stats(result.stats, CPU, 1)["grpo_loss"])

@@ -1,23 +1,32 @@
+"""The MPO term and δ against numbers worked out by hand and plain float64 formulas."""
+
 import math
 
 import pytest
 import torch
 
-from skyrl.algorithms.mpo import RunningDelta, implicit_reward_sum, mpo_loss
-from skyrl.algorithms.objective import combine, finalise, merge_stats
-from skyrl.config import Aggregation, AlgorithmConfig, GrpoConfig, MpoConfig
-from skyrl.types import SkyrlError
+from skyrl.algorithms.mpo import (
+    RunningDelta,
+    compares_with_reference,
+    implicit_reward_sum,
+    loss_weights,
+    mpo_loss,
+    uses_delta,
+)
+from skyrl.algorithms.objective import merge_stats
+from skyrl.config import DeltaKind, MpoConfig
 
-NO_NLL = MpoConfig(generation_weight=0.0)
+NO_NLL = (0.8, 0.2, 0.0)
+DEFAULT = (0.8, 0.2, 1.0)
 
 
 def tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def run(h_chosen, h_rejected, delta, cfg=NO_NLL):
+def run(h_chosen, h_rejected, delta, weights=NO_NLL, cfg=MpoConfig()):  # noqa: B008
     chosen, rejected = tensor(h_chosen - 7.0), tensor(h_rejected - 9.0)
-    loss, sums = mpo_loss(chosen, rejected, tensor(-7.0), tensor(-9.0), tensor(4.0), delta, cfg, 1)
+    loss, sums = mpo_loss(chosen, rejected, tensor(-7.0), tensor(-9.0), tensor(4.0), delta, cfg, 1, weights)
     return loss.item(), {name: value.item() for name, value in sums.items()}
 
 
@@ -37,15 +46,15 @@ def test_known_values(h, delta, dpo, bco, total):
 
 
 def test_generation_is_the_mean_negative_log_likelihood_of_the_chosen():
-    loss, sums = run(0.0, 0.0, 0.0, MpoConfig())
+    loss, sums = run(0.0, 0.0, 0.0, DEFAULT)
     assert sums["mpo_generation"] == pytest.approx(7.0 / 4)
     assert loss == pytest.approx(0.831777 + 7.0 / 4, abs=1e-6)
 
 
 def test_preference_gradient_at_the_reference_is_half_beta():
     chosen, rejected = tensor(-3.0).requires_grad_(), tensor(-4.0).requires_grad_()
-    cfg = MpoConfig(preference_weight=1.0, quality_weight=0.0, generation_weight=0.0)
-    mpo_loss(chosen, rejected, tensor(-3.0), tensor(-4.0), tensor(2.0), 0.0, cfg, 1)[0].backward()
+    cfg = MpoConfig()
+    mpo_loss(chosen, rejected, tensor(-3.0), tensor(-4.0), tensor(2.0), 0.0, cfg, 1, (1.0, 0.0, 0.0))[0].backward()
     assert chosen.grad.item() == pytest.approx(-cfg.beta / 2)
     assert rejected.grad.item() == pytest.approx(cfg.beta / 2)
 
@@ -64,42 +73,114 @@ def random_pairs(n=4):
     return [-torch.rand(n, dtype=torch.float64) * 20 for _ in range(4)] + [torch.arange(1, n + 1)]
 
 
-def test_loss_and_sums_agree_with_an_independent_reference():
-    cfg = MpoConfig(preference_weight=0.7, quality_weight=0.4, generation_weight=0.9, beta=0.3)
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+CASES = [MpoConfig(beta=0.3), MpoConfig(label_smoothing=0.15), MpoConfig(beta=0.05, reference_free=True)]
+
+
+@pytest.mark.parametrize("cfg", CASES)
+def test_loss_and_sums_agree_with_plain_formulas(cfg):
     data = random_pairs()
-    delta = -0.2
-    loss, sums = mpo_loss(*data, delta, cfg, 6)
-    total, correct, margin = 0.0, 0, 0.0
+    delta, weights = -0.2, (0.7, 0.4, 0.9)
+    loss, sums = mpo_loss(*data, delta, cfg, 6, weights)
+    total, correct, margin, preference = 0.0, 0, 0.0, 0.0
     for c, r, ref_c, ref_r, length in zip(*(x.tolist() for x in data), strict=True):
+        if cfg.reference_free:
+            ref_c = ref_r = 0.0
         bc, br = cfg.beta * (c - ref_c), cfg.beta * (r - ref_r)
-        total += 0.7 * -math.log(1 / (1 + math.exp(br - bc)))
-        total += 0.4 * (-math.log(1 / (1 + math.exp(delta - bc))) - math.log(1 / (1 + math.exp(br - delta))))
-        total += 0.9 * -c / length
+        eps = cfg.label_smoothing
+        dpo = -(1 - eps) * math.log(sigmoid(bc - br)) - eps * math.log(sigmoid(br - bc))
+        bco = -math.log(sigmoid(bc - delta)) - math.log(sigmoid(delta - br))
+        total += 0.7 * dpo + 0.4 * bco + 0.9 * -c / length
+        preference += dpo
         correct += bc > br
         margin += bc - br
     assert loss.item() == pytest.approx(total / 6, rel=1e-12)
     assert sums["mpo_loss"].item() == pytest.approx(total, rel=1e-12)
+    assert sums["mpo_preference"].item() == pytest.approx(preference, rel=1e-12)
     assert sums["mpo_margin"].item() == pytest.approx(margin)
     assert sums["mpo_correct"].item() == correct and sums["mpo_pairs"].item() == 4
 
 
-def test_gradient_agrees_with_finite_differences_and_skips_the_reference():
+@pytest.mark.parametrize("cfg", CASES)
+def test_gradient_agrees_with_finite_differences_and_skips_the_reference(cfg):
     chosen, rejected, ref_chosen, ref_rejected, lengths = random_pairs()
     ref_chosen.requires_grad_()
 
     def loss(c, r):
-        return mpo_loss(c, r, ref_chosen.detach(), ref_rejected, lengths, 0.1, MpoConfig(), 4)[0]
+        return mpo_loss(c, r, ref_chosen.detach(), ref_rejected, lengths, 0.1, cfg, 4, DEFAULT)[0]
 
     leaves = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, leaves)
-    mpo_loss(*leaves, ref_chosen, ref_rejected, lengths, 0.1, MpoConfig(), 4)[0].backward()
+    mpo_loss(*leaves, ref_chosen, ref_rejected, lengths, 0.1, cfg, 4, DEFAULT)[0].backward()
     assert ref_chosen.grad is None
+
+
+def test_smoothed_preference_is_least_where_the_labels_are_as_unsure():
+    """−(1−ε) log σ(m) − ε log σ(−m) has its minimum at σ(m) = 1 − ε; without smoothing it falls for ever."""
+    best = math.log(0.9 / 0.1) / 0.1  # m = β h_c with β 0.1
+    for h, slope in ((best - 1, -1), (best, 0), (best + 1, 1)):
+        chosen = tensor(h).requires_grad_()
+        cfg = MpoConfig(label_smoothing=0.1)
+        zero = tensor(0.0)
+        mpo_loss(chosen, zero, zero, zero, tensor(1.0), 0.0, cfg, 1, (1.0, 0.0, 0.0))[0].backward()
+        assert (chosen.grad.item() > 1e-9) - (chosen.grad.item() < -1e-9) == slope
+    # By hand at θ = π_0: −log ½ whatever ε.
+    assert run(0.0, 0.0, 0.0, cfg=MpoConfig(label_smoothing=0.3))[1]["mpo_preference"] == pytest.approx(math.log(2))
+
+
+def test_reference_free_reads_no_reference():
+    chosen, rejected, ref_chosen, ref_rejected, lengths = random_pairs()
+    cfg = MpoConfig(reference_free=True)
+    want = mpo_loss(chosen, rejected, ref_chosen * 0, ref_rejected * 0, lengths, 0.1, MpoConfig(), 4, DEFAULT)
+    for references in ((None, None), (ref_chosen, ref_rejected * math.nan)):
+        got = mpo_loss(chosen, rejected, *references, lengths, 0.1, cfg, 4, DEFAULT)
+        assert got[0].item() == want[0].item()
+        assert got[1]["mpo_margin"].item() == want[1]["mpo_margin"].item()
+    with pytest.raises(ValueError, match="reference is None"):
+        mpo_loss(chosen, rejected, None, None, lengths, 0.1, MpoConfig(), 4, DEFAULT)
+
+
+def test_generation_alone_needs_no_reference():
+    chosen, rejected, _, _, lengths = random_pairs()
+    cfg = MpoConfig(preference_weight=0.0, quality_weight=0.0, generation_weight=2.0)
+    loss, _ = mpo_loss(chosen, rejected, None, None, lengths, 0.0, cfg, 4, loss_weights(cfg, 0.0))
+    assert loss.item() == pytest.approx(2.0 * (-chosen / lengths).mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "compares", "delta"),
+    [
+        ({}, True, True),
+        ({"reference_free": True}, False, True),
+        ({"preference_weight": 0.0, "quality_weight": 0.0}, False, False),
+        ({"preference_weight": 0.0, "quality_weight": 0.0, "quality_weight_end": 0.1}, True, True),
+        ({"preference_weight": 0.0, "quality_weight": 0.0, "preference_weight_end": 0.1}, True, False),
+        ({"quality_weight": 0.0, "quality_weight_end": 0.0}, True, False),
+        ({"preference_weight_end": 0.0, "quality_weight_end": 0.0}, True, True),
+    ],
+)
+def test_what_needs_a_reference_and_delta(changes, compares, delta):
+    cfg = MpoConfig(**changes)
+    assert (compares_with_reference(cfg), uses_delta(cfg)) == (compares, delta)
+
+
+@pytest.mark.parametrize(
+    ("progress", "want"), [(0.0, (0.8, 0.2, 1.0)), (0.25, (0.8, 0.4, 0.75)), (1.0, (0.8, 1.0, 0.0))]
+)
+def test_weights_move_linearly(progress, want):
+    cfg = MpoConfig(quality_weight_end=1.0, generation_weight_end=0.0)
+    assert loss_weights(cfg, progress) == pytest.approx(want)
+    with pytest.raises(ValueError, match=r"progress is 1\.5"):
+        loss_weights(cfg, 1.5)
 
 
 def test_micro_batches_change_nothing():
     data = random_pairs()
-    whole, sums = mpo_loss(*data, 0.1, MpoConfig(), 4)
-    parts = [mpo_loss(*(x[rows] for x in data), 0.1, MpoConfig(), 4) for rows in ([2], [0, 3], [1])]
+    whole, sums = mpo_loss(*data, 0.1, MpoConfig(), 4, DEFAULT)
+    parts = [mpo_loss(*(x[rows] for x in data), 0.1, MpoConfig(), 4, DEFAULT) for rows in ([2], [0, 3], [1])]
     assert sum(part[0].item() for part in parts) == pytest.approx(whole.item(), rel=1e-12)
     merged = merge_stats(part[1] for part in parts)
     assert {k: v.item() for k, v in merged.items()} == pytest.approx({k: v.item() for k, v in sums.items()})
@@ -107,14 +188,14 @@ def test_micro_batches_change_nothing():
 
 def test_extreme_log_probabilities_stay_finite():
     leaf = torch.tensor([-1e5, 0.0], requires_grad=True)
-    loss, _ = mpo_loss(leaf, leaf.flip(0), torch.zeros(2), torch.zeros(2), torch.ones(2), 0.0, MpoConfig(), 2)
+    loss, _ = mpo_loss(leaf, leaf.flip(0), torch.zeros(2), torch.zeros(2), torch.ones(2), 0.0, MpoConfig(), 2, DEFAULT)
     loss.backward()
     assert math.isfinite(loss.item()) and torch.isfinite(leaf.grad).all()
 
 
 def test_no_pairs_give_loss_zero():
     empty = torch.zeros(0, requires_grad=True)
-    loss, sums = mpo_loss(empty, empty, empty, empty, empty, 0.0, MpoConfig(), 0)
+    loss, sums = mpo_loss(empty, empty, empty, empty, empty, 0.0, MpoConfig(), 0, DEFAULT)
     loss.backward()
     assert loss.item() == 0 and sums["mpo_pairs"].item() == 0
 
@@ -122,22 +203,34 @@ def test_no_pairs_give_loss_zero():
 def test_refuses_shapes_and_denominator():
     one, two = torch.zeros(1), torch.zeros(2)
     with pytest.raises(ValueError, match="four times"):
-        mpo_loss(one, two, one, one, one, 0.0, MpoConfig(), 1)
+        mpo_loss(one, two, one, one, one, 0.0, MpoConfig(), 1, DEFAULT)
     with pytest.raises(ValueError, match="chosen_lengths"):
-        mpo_loss(one, one, one, one, two, 0.0, MpoConfig(), 1)
+        mpo_loss(one, one, one, one, two, 0.0, MpoConfig(), 1, DEFAULT)
     with pytest.raises(ValueError, match="denominator is -2"):
-        mpo_loss(one, one, one, one, one, 0.0, MpoConfig(), -2)
+        mpo_loss(one, one, one, one, one, 0.0, MpoConfig(), -2, DEFAULT)
 
 
 def test_delta_is_the_cumulative_mean_and_survives_a_checkpoint():
-    delta = RunningDelta()
+    delta = RunningDelta(DeltaKind.cumulative, 0.9)
     assert delta.update(0.2) == pytest.approx(0.2)
     assert delta.update(0.4) == pytest.approx(0.3)
-    resumed = RunningDelta()
+    resumed = RunningDelta(DeltaKind.cumulative, 0.9)
     resumed.load_state_dict(delta.state_dict())
     assert resumed.update(-0.3) == delta.update(-0.3) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="nan"):
         delta.update(math.nan)
+
+
+def test_exponential_delta():
+    """Means 0.2, 0.4, −0.3 with decay 0.75: 0.2; 0.75 · 0.2 + 0.25 · 0.4 = 0.25; 0.75 · 0.25 − 0.25 · 0.3 = 0.1125."""
+    delta = RunningDelta(DeltaKind.exponential, 0.75)
+    assert [delta.update(mean) for mean in (0.2, 0.4)] == pytest.approx([0.2, 0.25])
+    resumed = RunningDelta(DeltaKind.exponential, 0.75)
+    resumed.load_state_dict(delta.state_dict())
+    assert resumed.update(-0.3) == delta.update(-0.3) == pytest.approx(0.1125)
+    assert [RunningDelta(DeltaKind.exponential, 0.0).update(mean) for mean in (5.0, -3.0)] == [5.0, -3.0]
+    with pytest.raises(ValueError, match=r"decay of delta is 1.0"):
+        RunningDelta(DeltaKind.exponential, 1.0)
 
 
 def test_delta_of_the_first_step_is_the_mean_over_all_ranks():
@@ -145,86 +238,5 @@ def test_delta_of_the_first_step_is_the_mean_over_all_ranks():
     chosen, rejected = tensor(2.0, 2.0), tensor(-1.0, -1.0)
     zero = tensor(0.0)
     parts = [implicit_reward_sum(chosen[i : i + 1], rejected[i : i + 1], zero, zero, 0.1) for i in range(2)]
-    assert RunningDelta().update(sum(parts).item() / 4) == pytest.approx(0.05)
-
-
-def test_combine_weighs_the_terms():
-    cfg = AlgorithmConfig(grpo=GrpoConfig(weight=0.5), mpo=MpoConfig(weight=0.25))
-    a, b = tensor(2.0)[0], tensor(8.0)[0]
-    assert combine(a, b, cfg).item() == 3.0
-    assert combine(a, None, cfg).item() == 1.0
-    assert combine(None, b, cfg).item() == 2.0
-    with pytest.raises(ValueError, match="None"):
-        combine(None, None, cfg)
-
-
-GRPO_SUMS = {
-    "grpo_loss": 4.0,
-    "grpo_tokens": 10.0,
-    "grpo_clipped": 1.0,
-    "grpo_ratio": 11.0,
-    "grpo_ratio_max": 1.5,
-    "grpo_kl_behaviour": 0.2,
-}
-MPO_SUMS = {
-    "mpo_loss": 6.0,
-    "mpo_pairs": 2.0,
-    "mpo_preference": 1.0,
-    "mpo_quality": 2.0,
-    "mpo_generation": 3.0,
-    "mpo_margin": 0.4,
-    "mpo_correct": 1.0,
-    "mpo_chosen_reward": 0.6,
-    "mpo_rejected_reward": 0.2,
-}
-
-
-def test_finalise_divides_by_the_whole_step():
-    cfg = AlgorithmConfig(mpo=MpoConfig(weight=0.5))
-    metrics = finalise({**GRPO_SUMS, **MPO_SUMS, "grpo_kl_reference": 0.3}, cfg, 5, 10, 2, 0.05)
-    assert metrics == pytest.approx(
-        {
-            "loss/total": 0.8 + 0.5 * 3.0,
-            "loss/grpo": 0.8,
-            "loss/mpo": 3.0,
-            "loss/preference": 0.5,
-            "loss/quality": 1.0,
-            "loss/generation": 1.5,
-            "grpo/clip_fraction": 0.1,
-            "grpo/ratio_mean": 1.1,
-            "grpo/ratio_max": 1.5,
-            "grpo/kl_behaviour": 0.02,
-            "grpo/kl_reference": 0.03,
-            "mpo/margin": 0.2,
-            "mpo/accuracy": 0.5,
-            "mpo/chosen_reward": 0.3,
-            "mpo/rejected_reward": 0.1,
-            "mpo/pairs": 2.0,
-            "mpo/delta": 0.05,
-        }
-    )
-    cfg.grpo.aggregation = Aggregation.token
-    assert finalise(GRPO_SUMS, cfg, 5, 10, 0)["loss/grpo"] == pytest.approx(0.4)
-
-
-def test_finalise_leaves_absent_terms_out():
-    cfg = AlgorithmConfig()
-    grpo_only = finalise(GRPO_SUMS, cfg, 5, 10, 0)
-    assert grpo_only["mpo/pairs"] == 0 and not {"loss/mpo", "mpo/margin", "grpo/kl_reference"} & grpo_only.keys()
-    mpo_only = finalise(MPO_SUMS, cfg, 0, 0, 2)
-    assert "loss/grpo" not in mpo_only and mpo_only["loss/total"] == pytest.approx(0.75)
-    assert finalise({}, cfg, 0, 0, 0) == {"mpo/pairs": 0.0}
-
-
-def test_finalise_notices_a_lost_micro_batch():
-    with pytest.raises(SkyrlError, match="cover 10 GRPO tokens; the step has 12"):
-        finalise(GRPO_SUMS, AlgorithmConfig(), 5, 12, 0)
-    with pytest.raises(SkyrlError, match="cover 2 pairs; the step has 3"):
-        finalise(MPO_SUMS, AlgorithmConfig(), 0, 0, 3)
-
-
-def test_maxima_merge_as_maxima():
-    merged = merge_stats(
-        [{"a": tensor(1.0), "b_max": tensor(3.0)}, {"a": tensor(2.0), "b_max": tensor(2.0)}, {"c": tensor(1.0)}]
-    )
-    assert {name: value.item() for name, value in merged.items()} == {"a": 3.0, "b_max": 3.0, "c": 1.0}
+    assert RunningDelta(DeltaKind.cumulative, 0.9).update(sum(parts).item() / 4) == pytest.approx(0.05)
+    assert implicit_reward_sum(chosen, rejected, None, None, 0.1).item() == pytest.approx(0.2)

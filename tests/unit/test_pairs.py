@@ -5,12 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.algorithms.pairs import select_pairs
+from skyrl.algorithms.pairs import NO_THRESHOLD, reward_margin_pairs, rule_pairs
 
 
 def pairs(scores, threshold=1.0, count=4, valid=None):
     scores = np.array(scores, dtype=float)
-    return select_pairs(scores, np.ones(len(scores), bool) if valid is None else np.array(valid), threshold, count)
+    return reward_margin_pairs(
+        scores, np.ones(len(scores), bool) if valid is None else np.array(valid), threshold, count
+    )
 
 
 def test_best_with_worst_then_the_next():
@@ -38,20 +40,85 @@ def test_broken_scores_raise(bad):
         pairs([0.0, bad])
 
 
+def test_an_answer_that_may_not_be_chosen_can_still_be_rejected():
+    def choosable(*places, count=4):
+        scores = np.array([5.0, 3.0, 1.0, 0.0])
+        return reward_margin_pairs(scores, np.ones(4, bool), 0.0, count, np.isin(np.arange(4), places))
+
+    assert choosable(1, 2) == [(1, 3, 3.0)]  # 2 is not better than what is left but 0, and 0 is better than it
+    assert choosable(0, 1) == [(0, 3, 5.0), (1, 2, 2.0)]
+    assert choosable(3) == choosable() == []
+    assert choosable(0, count=1) == [(0, 3, 5.0)]
+
+
+def ruled(rules, scores, threshold=NO_THRESHOLD, count=4, valid=None, choosable=None):
+    valid = np.ones(len(rules), bool) if valid is None else np.array(valid)
+    return rule_pairs(np.array(rules), np.array(scores, dtype=float), valid, threshold, count, choosable)
+
+
+def test_rule_pairs_take_the_best_right_and_the_worst_wrong_answer():
+    rules, scores = [1.0, 0.0, 1.0, 0.5, 0.0], [1.0, 4.0, 3.0, -2.0, 0.5]
+    assert ruled(rules, scores) == [(2, 3, 5.0), (0, 4, 0.5)]
+    assert ruled(rules, scores, threshold=0.5) == [(2, 3, 5.0), (0, 4, 0.5)]
+    assert ruled(rules, scores, threshold=0.6) == ruled(rules, scores, count=1) == [(2, 3, 5.0)]
+    assert ruled(rules, scores, valid=[True, True, True, False, True]) == [(2, 4, 2.5), (0, 1, -3.0)]
+    assert ruled(rules, scores, choosable=np.array([True, True, False, True, True])) == [(0, 3, 3.0)]
+    assert ruled(rules, [7.0] * 5) == [(0, 1, 0.0), (2, 3, 0.0)]  # ties by index
+    assert ruled([1.0, 1.0], [0.0, 1.0]) == ruled([0.0, 0.9], [0.0, 1.0]) == ruled([], []) == []
+
+
+def test_rule_pairs_without_a_reward_model_go_by_index_and_pass_only_without_a_threshold():
+    nothing = [math.nan] * 4
+    found = ruled([0.0, 1.0, 0.0, 1.0], nothing)
+    assert [pair[:2] for pair in found] == [(1, 0), (3, 2)] and all(math.isnan(pair[2]) for pair in found)
+    assert ruled([0.0, 1.0, 0.0, 1.0], nothing, threshold=-1e300) == []
+    assert ruled([0.0, 1.0], [math.nan, 2.0], valid=[False, True]) == []
+    with pytest.raises(ValueError, match=r"samples \[2\] are \[nan\]"):
+        ruled([0.0, 1.0, 0.0], [0.0, 1.0, math.nan])
+    with pytest.raises(ValueError, match=r"rule scores of samples \[0\] are nan"):
+        ruled([math.nan, 1.0], [0.0, 1.0])
+
+
 def test_refuses_bad_arguments():
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
-        select_pairs(np.zeros(2), np.ones(3, bool), 1.0, 1)
+        reward_margin_pairs(np.zeros(2), np.ones(3, bool), 1.0, 1)
+    with pytest.raises(ValueError, match=r"choosable \(3,\)"):
+        reward_margin_pairs(np.zeros(2), np.ones(2, bool), 1.0, 1, np.ones(3, bool))
+    with pytest.raises(ValueError, match=r"rule scores have shape \(1,\), scores \(2,\)"):
+        rule_pairs(np.zeros(1), np.zeros(2), np.ones(2, bool), 1.0, 1)
     with pytest.raises(ValueError, match="nan"):
         pairs([0.0, 1.0], threshold=math.nan)
-    with pytest.raises(ValueError, match="pairs_per_prompt -1"):
+    with pytest.raises(ValueError, match="most pairs -1"):
         pairs([0.0, 1.0], count=-1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.4, 1.0]), st.floats(-20, 20), st.booleans(), st.booleans()), max_size=12
+    ),
+    st.floats(-10, 10),
+    st.integers(0, 6),
+)
+def test_rule_properties(rows, threshold, count):
+    rules, scores = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+    valid, choosable = np.array([row[2] for row in rows], bool), np.array([row[3] for row in rows], bool)
+    found = rule_pairs(rules, scores, valid, threshold, count, choosable)
+    used = [place for chosen, rejected, _ in found for place in (chosen, rejected)]
+    assert len(found) <= count and len(set(used)) == len(used) and all(valid[used])
+    assert all(rules[c] == 1 and choosable[c] and rules[r] < 1 and m == scores[c] - scores[r] for c, r, m in found)
+    margins = [margin for _, _, margin in found]
+    assert margins == sorted(margins, reverse=True) and all(margin >= threshold for margin in margins)
+    # As many as there could be: no right and wrong answer that are left over would pass.
+    right, wrong = np.flatnonzero(valid & choosable & (rules == 1)), np.flatnonzero(valid & (rules < 1))
+    left = [scores[c] - scores[r] for c in right for r in wrong if c not in used and r not in used]
+    assert len(found) == count or all(margin < threshold for margin in left)
 
 
 @given(st.lists(st.tuples(st.floats(-20, 20), st.booleans()), max_size=12), st.floats(0, 10), st.integers(0, 6))
 def test_properties(rows, threshold, count):
     scores = np.array([score for score, _ in rows])
     valid = np.array([ok for _, ok in rows], dtype=bool)
-    found = select_pairs(scores, valid, threshold, count)
+    found = reward_margin_pairs(scores, valid, threshold, count)
     used = [place for chosen, rejected, _ in found for place in (chosen, rejected)]
     assert len(found) <= count and len(set(used)) == len(used) and all(valid[used])
     margins = [margin for _, _, margin in found]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from skyrl.data import parquet
+from skyrl.data import parquet_table
 from skyrl.data.parquet import ParquetPrompts, main, write_parquet
 from skyrl.data.scenes import DigitScenes
 from skyrl.types import DataError, Prompt
@@ -62,10 +62,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_only_a_few_row_groups_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "p.parquet", scenes(200))
-    monkeypatch.setattr(parquet, "CACHED_BYTES", 1)
+    monkeypatch.setattr(parquet_table, "CACHED_BYTES", 1)
     read = ParquetPrompts(tmp_path / "p.parquet")
     assert [read[row].id for row in (0, 199, 64, 63)] == ["train/0", "train/199", "train/64", "train/63"]
-    assert len(read._groups) == 1
+    assert len(read.table.groups) == 1
 
 
 def test_defaults(tmp_path: Path) -> None:

@@ -1,20 +1,17 @@
-"""The reward model on random weights: what its head sees, files, batches."""
+"""The reward model on random weights: what its head sees, and files."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import answer_ids, encoder, noise, processor, prompt, random_model
+from tiny_models import answer_ids, encoder, noise, prompt, random_model
 
-from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.models.digits_architecture import build_processor
-from skyrl.models.reward_model import HEAD_FILE, LIKELIHOOD_SCALES, GroupScorer, RewardModel
-from skyrl.types import Prompt, Sample, SampleGroup, SkyrlError
+from skyrl.models.reward_model import HEAD_FILE, LIKELIHOOD_SCALES, RewardModel
+from skyrl.types import Prompt, SkyrlError
 
 Row = tuple[Prompt, np.ndarray, np.ndarray]
 
@@ -112,94 +109,3 @@ def test_a_folder_without_a_head_is_no_reward_model(tmp_path: Path) -> None:
     (tmp_path / HEAD_FILE).unlink()
     with pytest.raises(SkyrlError, match=rf"model\.reward=.* is no reward model: {HEAD_FILE} is missing there"):
         RewardModel.load(str(tmp_path))
-
-
-# ---------------------------------------------------------------- groups
-
-
-class Watched(RewardModel):
-    """Notes the shape of every batch."""
-
-    shapes: list[tuple[int, ...]]
-
-    def forward(self, batch: EncodedBatch) -> torch.Tensor:
-        self.shapes.append(tuple(batch.input_ids.shape))
-        return super().forward(batch)
-
-
-def watched() -> Watched:
-    torch.manual_seed(1)
-    model = Watched(random_model(), encoder(), likelihood=True)
-    model.shapes = []
-    return model.eval()
-
-
-def sample(index: int, ids: np.ndarray, text: str = "") -> Sample:
-    return Sample(index, ids, np.zeros(len(ids), np.float32), text, False, 0)
-
-
-def groups() -> list[SampleGroup]:
-    """Groups of 3, 1 and 2 samples whose lengths go up and down."""
-    maker = encoder()
-    texts = [[ANSWERS[0], ANSWERS[1], ANSWERS[2]], [ANSWERS[1] * 9], [ANSWERS[2], ANSWERS[0]]]
-    return [
-        SampleGroup(p, maker.encode(p)[0], [sample(i, answer_ids(text), text) for i, text in enumerate(own)])
-        for p, own in zip(QUESTIONS, texts, strict=True)
-    ]
-
-
-def test_groups_are_scored_in_batches_and_come_back_in_order() -> None:
-    model = watched()
-    scorer = GroupScorer(model, 4, encoder())
-    assert scorer.same_tokens
-    got = scorer.score(groups())
-    assert [part.shape for part in got] == [(3,), (1,), (2,)]
-    assert all(part.dtype == np.float64 for part in got)
-    assert [shape[0] for shape in model.shapes] == [4, 2]
-    assert model.shapes[0][1] < model.shapes[1][1]  # sorted by length, so that short rows aren't padded to long ones
-    for group, part in zip(groups(), got, strict=True):
-        for one, score in zip(group.samples, part, strict=True):
-            alone = scores(model, [(group.prompt, group.prompt_ids, one.token_ids)])
-            assert score == pytest.approx(float(alone), abs=1e-4)
-    assert scorer.score([]) == []
-
-
-def test_a_reward_model_with_another_tokenizer_reads_the_text() -> None:
-    other = build_processor()
-    other.tokenizer.add_tokens(["zebra"])
-    model = watched()
-    scorer = GroupScorer(model, 4, PromptEncoder(other))
-    assert not scorer.same_tokens
-    strange = groups()
-    for group in strange:
-        group.prompt_ids = np.arange(3, dtype=np.int32)  # ids of a vocabulary that the reward model doesn't know
-        for one in group.samples:
-            one.token_ids = np.full(2, 999_999, dtype=np.int32)
-    got = np.concatenate(scorer.score(strange))
-    expected: list[Any] = [expected_score(model, row) for row in _rows_of(groups())]
-    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_truncated_answer_gets_no_end_of_sequence_also_when_it_is_read_as_text() -> None:
-    other = build_processor()
-    other.tokenizer.add_tokens(["zebra"])
-    model, group = watched(), groups()[0]
-    for one in group.samples:
-        one.truncated, one.token_ids = True, answer_ids(one.text, end=False)
-    same, read = (GroupScorer(model, 4, maker).score([group])[0] for maker in (encoder(), PromptEncoder(other)))
-    np.testing.assert_allclose(read, same, atol=1e-4)
-
-
-def test_a_reward_model_of_the_same_vocabulary_sees_its_own_chat_template() -> None:
-    """Its prompt may be rendered in another way than the policy's; only the answer's tokens are shared."""
-    model, theirs = watched(), groups()
-    for group in theirs:
-        group.prompt_ids = np.insert(group.prompt_ids, 0, processor().tokenizer.eos_token_id)
-    got = GroupScorer(model, 4, encoder()).score(theirs)
-    own = GroupScorer(model, 4, encoder()).score(groups())
-    np.testing.assert_array_equal(np.concatenate(got), np.concatenate(own))
-
-
-def _rows_of(some: list[SampleGroup]) -> list[Row]:
-    assert all(one.token_ids[-1] == processor().tokenizer.eos_token_id for group in some for one in group.samples)
-    return [(group.prompt, group.prompt_ids, one.token_ids) for group in some for one in group.samples]

@@ -152,3 +152,10 @@ def test_a_careless_answer_is_a_pure_function_of_the_row() -> None:
     assert [one.with_careless_reasoning(i)[1] for i in range(50)] == [
         other.with_careless_reasoning(i)[1] for i in reversed(range(50))
     ][::-1]
+
+
+def test_kinds_restrict_the_questions() -> None:
+    scenes = DigitScenes("train", 60, 0.2, 0, ("max", "count"))
+    assert {scenes[row].kind for row in range(60)} == {"max", "count", "text_arithmetic"}
+    with pytest.raises(DataError, match=r"\['product'\]; allowed: one or more of sum, max"):
+        DigitScenes("train", 10, 0.0, 0, ["product"])

@@ -165,6 +165,7 @@ def test_metrics() -> None:
             "reward/errors": 1.0,
             "response/length_mean": (4 + 5 + 6 + 7 + 4 + 5) / 6,
             "response/truncated_share": 1 / 6,
+            "response/repetition": (0 + 1 / 2 + 2 / 3 + 3 / 4 + 0 + 1 / 2) / 6,  # 4-grams of equal tokens: 1, 2, 3 …
             "hallucination/rate": 1 / 4,
             "hallucination/false_claim_share": 1 / 11,
             "hallucination/coverage": 3 / 4,

@@ -11,9 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.config import Config, GrpoFilter, WeightSync
+from skyrl.config import (
+    Config,
+    GrpoFilter,
+    Mismatch,
+    PairSource,
+    Ratio,
+    Stage,
+    Surrogate,
+    ThresholdKind,
+    WeightSync,
+)
+from skyrl.config.ranges import AT_LEAST_ONE, NOT_NEGATIVE, OPEN_SHARES, OPTIONAL_NOT_NEGATIVE, POSITIVE, SHARES
 from skyrl.types import ConfigError
-from skyrl.validation import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARES, validate
+from skyrl.validation import validate
 
 
 def put(cfg: Config, key: str, value: object) -> Config:
@@ -42,6 +53,16 @@ BAD = [
     *[(key, value) for key in POSITIVE for value in (0, -1.0, math.nan)],
     *[(key, value) for key in SHARES for value in (-0.1, 1.1, math.nan)],
     *[("rollout.top_p", value) for value in (0.0, 1.1, math.nan)],
+    *[(key, value) for key in OPEN_SHARES for value in (0, 1, math.nan)],
+    *[(key, value) for key in OPTIONAL_NOT_NEGATIVE for value in (-0.1, math.nan)],
+    *[("buffer.recency", value) for value in (0.0, 1.1, math.nan)],
+    *[("buffer.fill_target", value) for value in (-0.1, 1.1)],
+    *[("algorithm.grpo.dual_clip", value) for value in (1.0, math.nan)],
+    *[("algorithm.grpo.mismatch_cap", value) for value in (1.0, math.nan)],
+    *[("algorithm.mpo.label_smoothing", value) for value in (-0.1, 0.5)],
+    *[("algorithm.mpo.delta_decay", value) for value in (-0.1, 1.0)],
+    ("algorithm.mpo.reference_kl", 0.0),
+    ("filter.rows", 0),
     *[("rollout.samples_per_prompt", value) for value in (0, 1)],
     ("model.dtype", "int8"),
     ("rollout.device", "tpu"),
@@ -50,6 +71,8 @@ BAD = [
     ("learner.zero_stage", 4),
     ("learner.zero_stage", -1),
     ("data.source", "csv"),
+    ("data.kinds", []),
+    ("data.kinds", ["product"]),
     ("resume", "/no/such/folder"),
     ("model.policy", "/no/such/folder"),
     ("model.reward", "/no/such/folder"),
@@ -68,7 +91,20 @@ EDGE = [
     *[(key, 1) for key in AT_LEAST_ONE if key not in ("data.train_size", "rollout.num_workers")],
     *[(key, 0) for key in NOT_NEGATIVE],
     *[(key, 1e-9) for key in POSITIVE],
-    *[(key, value) for key in SHARES for value in (0, 1)],
+    # The pool's limits must not meet each other.
+    *[
+        (key, value)
+        for key in SHARES
+        for value in (0, 1)
+        if (key, value) not in (("data.pool_min", 1), ("data.pool_max", 0))
+    ],
+    *[(key, 1e-9) for key in OPEN_SHARES],
+    *[(key, value) for key in OPTIONAL_NOT_NEGATIVE for value in (None, 0)],
+    *[("buffer.fill_target", value) for value in (None, 0, 1)],
+    ("algorithm.grpo.dual_clip", 1.1),
+    ("algorithm.mpo.label_smoothing", 0.49),
+    ("algorithm.mpo.reference_kl", 0.01),
+    ("filter.rows", 1),
     ("rollout.top_p", 1.0),
     ("rollout.samples_per_prompt", 2),
     *[("learner.zero_stage", stage) for stage in range(4)],
@@ -144,6 +180,64 @@ def nccl_with_a_cpu_learner(cfg: Config) -> None:
     cfg.rollout.weight_sync, cfg.rollout.device = WeightSync.nccl, "cuda"
 
 
+def stage_without_its_term(cfg: Config) -> None:
+    cfg.algorithm.stage, cfg.algorithm.mpo.weight = Stage.mpo, 0.0
+
+
+def one_stage_only(cfg: Config) -> None:
+    cfg.algorithm.stage, cfg.algorithm.mpo_steps, cfg.controller.steps = Stage.mpo_then_grpo, 60, 60
+
+
+def cispo_with_dual_clip(cfg: Config) -> None:
+    cfg.algorithm.grpo.surrogate, cfg.algorithm.grpo.dual_clip = Surrogate.cispo, 3.0
+
+
+def sequence_ratio_with_token_mask(cfg: Config) -> None:
+    cfg.algorithm.grpo.ratio, cfg.algorithm.grpo.mismatch = Ratio.sequence, Mismatch.token_mask
+
+
+def refresh_of_no_reference(cfg: Config) -> None:
+    cfg.algorithm.mpo.reference_free, cfg.algorithm.mpo.reference_every = True, 5
+
+
+def threshold_without_reward_model(cfg: Config) -> None:
+    no_reward_model(cfg)
+    cfg.algorithm.mpo.weight, cfg.algorithm.mpo.pairs = 0.5, PairSource.rule
+
+
+def gate_without_reward_model(cfg: Config) -> None:
+    no_reward_model(cfg)
+    cfg.algorithm.gate.kind = ThresholdKind.quantile
+
+
+def offline_and_joint(cfg: Config) -> None:
+    cfg.data.pairs_path = __file__
+
+
+def no_pairs_file(cfg: Config) -> None:
+    cfg.data.pairs_path, cfg.algorithm.stage = "/no/such/file", Stage.mpo
+
+
+def no_pool_file(cfg: Config) -> None:
+    cfg.data.pool_path = "/no/such/file"
+
+
+def empty_pool_range(cfg: Config) -> None:
+    cfg.data.pool_min = cfg.data.pool_max = 0.5
+
+
+def unsure_risk(cfg: Config) -> None:
+    cfg.algorithm.gate.kind, cfg.algorithm.gate.confidence = ThresholdKind.risk_controlled, 0.5
+
+
+def too_few_to_show_the_risk(cfg: Config) -> None:
+    cfg.algorithm.gate.kind, cfg.algorithm.gate.min_labelled = ThresholdKind.risk_controlled, 21
+
+
+def broken_phrase(cfg: Config) -> None:
+    cfg.hallucination.phrases = ["(never closed"]
+
+
 def half_on_cpu(cfg: Config) -> None:
     cfg.model.dtype = "float16"
 
@@ -168,6 +262,21 @@ def shared_memory_on_gpus(cfg: Config) -> None:
         (nccl_on_cpu, ["rollout.weight_sync=nccl", "rollout.device=cuda", "learner.device=cuda"]),
         (nccl_with_a_cpu_learner, ["rollout.weight_sync=nccl", "learner.device=cuda"]),
         (half_on_cpu, ["model.dtype=float16"]),
+        (stage_without_its_term, ["algorithm.stage=mpo", "algorithm.mpo.weight=0"]),
+        (one_stage_only, ["algorithm.mpo_steps=60", "controller.steps=60"]),
+        (cispo_with_dual_clip, ["algorithm.grpo.dual_clip=3.0", "surrogate=cispo"]),
+        (sequence_ratio_with_token_mask, ["algorithm.grpo.mismatch=token_mask", "ratio=sequence"]),
+        (refresh_of_no_reference, ["algorithm.mpo.reference_free=true", "reference_every"]),
+        (threshold_without_reward_model, ["model.reward=null", "algorithm.mpo.threshold.kind=fixed", "off"]),
+        (gate_without_reward_model, ["model.reward=null", "algorithm.gate.kind=quantile", "off"]),
+        (offline_and_joint, ["data.pairs_path", "algorithm.stage=joint"]),
+        (no_pairs_file, ["data.pairs_path=/no/such/file"]),
+        (no_pool_file, ["data.pool_path=/no/such/file", "filter_prompts"]),
+        (empty_pool_range, ["data.pool_min=0.5", "data.pool_max=0.5"]),
+        (unsure_risk, ["algorithm.gate.confidence=0.5", "0.6 or more"]),
+        # 0.9^21 = 0.109 > 0.1 >= 0.9^22
+        (too_few_to_show_the_risk, ["algorithm.gate.min_labelled=21", "22 or more"]),
+        (broken_phrase, ["hallucination.phrases", "(never closed"]),
         (shared_memory_on_gpus, ["rollout.weight_sync=shm", "rollout.device=cuda", "nccl"]),
     ],
 )

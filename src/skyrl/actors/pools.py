@@ -51,6 +51,10 @@ class RayRolloutPool:
                 handles += [made] if parts == 1 else made
         return handles
 
+    def continue_blind(self, groups: list[Handle], step: int) -> list[Handle]:
+        """Handles of the groups with ``SampleGroup.blind`` filled; returns at once."""
+        return [self.actors[i % len(self.actors)].continue_blind.remote(part, step) for i, part in enumerate(groups)]
+
     def wait(self, handles: list[Handle]) -> None:
         """Block until all are there, without fetching them. A failed part raises where its value is needed."""
         wait_for(handles, self.cfg.controller.timeout, "the rollout")
@@ -70,10 +74,10 @@ class RayRewardPool:
         wait_for(handles, self.cfg.controller.timeout, "the reward")
 
     def evaluate(
-        self, groups: list[Handle], gallery: list[dict[str, Any]] | None, limit: int
+        self, groups: list[Handle], blind: list[Handle], gallery: list[dict[str, Any]] | None
     ) -> tuple[Metrics, list[dict[str, Any]]]:
         """Evaluation metrics of scored groups, and the gallery (see ``skyrl.evaluation.summarise``)."""
-        handle = self.actors[0].evaluate.remote(gallery, limit, *groups)
+        handle = self.actors[0].evaluate.remote(gallery, len(groups), *groups, *blind)
         return fetch(handle, self.cfg.controller.timeout, "the evaluation")
 
 
@@ -86,6 +90,10 @@ class RayBufferService:
     def exchange(self, groups: list[Handle], step: int, version: int) -> tuple[Handle, Metrics]:
         batch, metrics = self.actor.exchange.options(num_returns=2).remote(step, version, *groups)
         return batch, fetch(metrics, self.timeout, "the sample buffer")
+
+    def offline(self, step: int) -> tuple[Handle, Metrics]:
+        batch, metrics = self.actor.offline.options(num_returns=2).remote(step)
+        return batch, fetch(metrics, self.timeout, "the offline pairs")
 
     def save(self, path: Path) -> None:
         fetch(self.actor.save.remote(path), self.timeout, "saving the sample buffer")
@@ -105,6 +113,9 @@ class RayLearnerPool:
 
     def train_step(self, batch: Handle) -> Metrics:
         return self._all("train_step", "the learner step", batch)[0]
+
+    def picture_drop(self, groups: list[Handle]) -> Metrics:
+        return self._all("picture_drop", "the masked-picture probe", *groups)[0]
 
     def save(self, folder: Path) -> None:
         self._all("save", "saving the learner", folder)

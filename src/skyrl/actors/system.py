@@ -88,37 +88,37 @@ def ray_session(cfg: Config, namespace: str) -> Iterator[str]:
 
 
 @contextmanager
-def start_system(cfg: Config, policy_folder: str, reward_folder: str | None) -> Iterator[System]:
+def start_system(cfg: Config, policy_folder: str, reward_folder: str | None, learner: bool = True) -> Iterator[System]:
     """Start every actor side by side, wait until all are up, and kill them at the end.
+
+    Args:
+        learner: False starts rollout and reward workers only, to sample and score without training; the pools' buffer,
+            learner and syncer are None then.
 
     Raises:
         ConfigError: if the cluster can never place them.
         SkyrlError: if they are not up within ``controller.timeout``.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    _check_resources(cfg, nodes)
+    _check_resources(cfg, nodes, learner)
     placement = _Placement(cfg, nodes)
     actors: list[Any] = []
     try:
         rollouts = _rollouts(cfg, placement, policy_folder, actors)
-        learners = _learners(cfg, placement, policy_folder, actors)
         rewards = _rewards(cfg, placement, policy_folder, reward_folder, actors)
-        buffer = placement.actor(BufferActor, "sample-buffer", BUFFER_CPUS, 1, {}).remote(cfg)
-        actors.append(buffer)
+        learners = _learners(cfg, placement, policy_folder, actors) if learner else []
+        starting = [actor.ready.remote() for actor in rewards]
         timeout = cfg.controller.timeout
-        host, port = fetch(learners[0].address.remote(), timeout, "starting the learner")
-        starting = [learner.start.remote(host, port) for learner in learners]
-        ready = [actor.ready.remote() for actor in (*rewards, buffer)]
-        rows, *_ = fetch(
-            [*(actor.sizes.remote() for actor in rollouts), *starting, *ready], timeout, "starting the actors"
-        )
-        pools = Pools(
-            rollout=RayRolloutPool(rollouts, cfg),
-            reward=RayRewardPool(rewards, cfg),
-            buffer=RayBufferService(buffer, cfg),
-            learner=RayLearnerPool(learners, cfg),
-            syncer=RayWeightSyncer(learners, rollouts, cfg),
-        )
+        pools = Pools(RayRolloutPool(rollouts, cfg), RayRewardPool(rewards, cfg))
+        if learner:
+            buffer = placement.actor(BufferActor, "sample-buffer", BUFFER_CPUS, 1, {}).remote(cfg, policy_folder)
+            actors.append(buffer)
+            host, port = fetch(learners[0].address.remote(), timeout, "starting the learner")
+            starting += [rank.start.remote(host, port) for rank in learners] + [buffer.ready.remote()]
+            pools.buffer = RayBufferService(buffer, cfg)
+            pools.learner = RayLearnerPool(learners, cfg)
+            pools.syncer = RayWeightSyncer(learners, rollouts, cfg)
+        rows, *_ = fetch([*(actor.sizes.remote() for actor in rollouts), *starting], timeout, "starting the actors")
         yield System(pools, rows, actors)
     finally:
         for actor in actors:
@@ -202,14 +202,15 @@ class _Placement:
         )
 
 
-def _check_resources(cfg: Config, nodes: list[dict[str, Any]]) -> None:
+def _check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool) -> None:
     rollout, reward, learner = cfg.rollout, cfg.reward, cfg.learner
     cpus = [rollout.num_cpus] * rollout.num_workers + [reward.num_cpus] * reward.num_workers
-    cpus += [learner.num_cpus] * learner.num_workers + [BUFFER_CPUS]
+    if with_learner:
+        cpus += [learner.num_cpus] * learner.num_workers + [BUFFER_CPUS]
     gpus: list[float] = [0.0]
     if rollout.device == "cuda":
         gpus += [rollout.tensor_parallel_size] * rollout.num_workers
-    if learner.device == "cuda":
+    if with_learner and learner.device == "cuda":
         gpus += [1] * learner.num_workers
     if reward.device == "cuda" and cfg.model.reward is not None:
         gpus += [1] * reward.num_workers

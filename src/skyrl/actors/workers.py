@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.config import Config
+from skyrl.config import Config, ThresholdKind
 from skyrl.interfaces import Metrics
 from skyrl.types import RolloutRequest, SampleGroup, SkyrlError, TrainBatch, WeightSnapshot
 
@@ -36,6 +36,9 @@ class RolloutActor:
         bounds = np.linspace(0, len(groups), parts + 1).astype(int)
         lists = [groups[a:b] for a, b in pairwise(bounds)]
         return lists[0] if parts == 1 else tuple(lists)
+
+    def continue_blind(self, groups: list[SampleGroup], step: int) -> list[SampleGroup]:
+        return self.engine.continue_blind(groups, step)
 
     def load_weights(self, snapshot: WeightSnapshot) -> float:
         """Returns the snapshot's size in megabytes."""
@@ -63,12 +66,19 @@ class RewardActor:
             import torch
 
             from skyrl.data.encode import PromptEncoder
-            from skyrl.models.reward_model import GroupScorer, RewardModel
+            from skyrl.models.group_scorer import GroupScorer
+            from skyrl.models.reward_model import RewardModel
 
             torch.set_num_threads(threads)
             body = RewardModel.load(reward_folder, cfg.model.dtype).to(cfg.reward.device)
             model = GroupScorer(body, cfg.reward.model_batch, PromptEncoder.from_pretrained(policy_folder))
+        from skyrl.monitoring.monitors import build_monitors
+
         self.scorer = RewardScorer(cfg.reward, cfg.algorithm.grpo.std, model)
+        gate = cfg.algorithm.gate
+        fixed = gate.value if gate.kind is ThresholdKind.fixed else None
+        self.monitors = build_monitors(cfg.hallucination, fixed)
+        self.gallery = cfg.evaluation.gallery
 
     def ready(self) -> None:
         """Answers once the actor is up."""
@@ -77,20 +87,23 @@ class RewardActor:
         return self.scorer.score(groups)
 
     def evaluate(
-        self, gallery: list[dict[str, Any]] | None, limit: int, *parts: list[SampleGroup]
+        self, gallery: list[dict[str, Any]] | None, shown: int, *parts: list[SampleGroup]
     ) -> tuple[Metrics, list[dict[str, Any]]]:
+        """The first ``shown`` parts saw the pictures, the others were asked without."""
         from skyrl.evaluation import summarise
 
-        return summarise([group for part in parts for group in part], gallery, limit)
+        groups = [group for part in parts[:shown] for group in part]
+        blind = [group for part in parts[shown:] for group in part]
+        return summarise(groups, blind, gallery, self.gallery, self.monitors)
 
 
 class BufferActor:
     """The Selective Sample Buffer and the assembly of train batches."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, policy_folder: str) -> None:
         from skyrl.buffer.service import BufferService
 
-        self.service = BufferService(cfg.buffer, cfg.algorithm, cfg.controller.seed)
+        self.service = BufferService(cfg.buffer, cfg.algorithm, cfg.controller.seed, cfg.data, policy_folder)
 
     def ready(self) -> None:
         """Answers once the actor is up."""
@@ -103,6 +116,9 @@ class BufferActor:
         samples = [sample for group in groups for sample in group.samples]
         counts = {"rollout_samples": len(samples), "rollout_tokens": sum(len(s.token_ids) for s in samples)}
         return batch, metrics | reward_metrics(groups) | counts
+
+    def offline(self, step: int) -> tuple[TrainBatch, Metrics]:
+        return self.service.offline(step)
 
     def save(self, path: Path) -> None:
         path.write_bytes(pickle.dumps(self.service.state_dict()))
@@ -146,6 +162,9 @@ class LearnerActor:
 
     def train_step(self, batch: TrainBatch) -> Metrics:
         return self.learner.train_step(batch)
+
+    def picture_drop(self, *parts: list[SampleGroup]) -> Metrics:
+        return self.learner.picture_drop([group for part in parts for group in part])
 
     def probe_gap(self, *parts: list[SampleGroup]) -> float:
         """Largest |log π_rollout − log π_learner| over the tokens of the probe."""

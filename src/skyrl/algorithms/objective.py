@@ -2,8 +2,9 @@
 
 ::
 
-    L = grpo.weight · L_GRPO + mpo.weight · L_MPO
+    L = grpo weight · L_GRPO + mpo weight · L_MPO
 
+with the weights that ``AlgorithmConfig.weights`` gives for the step: 0 for a term that the stage does not train then.
 The two terms see different samples of one batch: GRPO the effective (fresh and replayed) ones, MPO the preference
 pairs of the fresh groups.
 """
@@ -15,30 +16,40 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from skyrl.algorithms.grpo import Stats
-from skyrl.config import Aggregation, AlgorithmConfig
+from skyrl.algorithms.grpo import Stats, step_denominator
+from skyrl.config import AlgorithmConfig
 from skyrl.types import SkyrlError
 
 MAX_SUFFIX = "_max"
 """Ending of the statistics that are maxima; all others are sums."""
 
+OPTIONAL_MEANS = {
+    "grpo_kl_reference": "grpo/kl_reference",
+    "grpo_dual_clipped": "grpo/dual_clip_fraction",
+    "grpo_masked": "grpo/masked_fraction",
+    "grpo_truncated": "grpo/truncated_fraction",
+    "grpo_mismatch": "grpo/mismatch_mean",
+}
+"""Means over the GRPO tokens of the step that only some settings have: statistics and their metrics."""
 
-def combine(grpo: Tensor | None, mpo: Tensor | None, cfg: AlgorithmConfig) -> Tensor:
-    """The hybrid loss ``grpo.weight · L_GRPO + mpo.weight · L_MPO`` of one micro-batch.
+
+def combine(grpo: Tensor | None, mpo: Tensor | None, weights: tuple[float, float]) -> Tensor:
+    """The hybrid loss ``weights[0] · L_GRPO + weights[1] · L_MPO`` of one micro-batch.
 
     Args:
         grpo: scalar of :func:`skyrl.algorithms.grpo.grpo_loss`, or ``None`` if the micro-batch has no such sample.
         mpo: scalar of :func:`skyrl.algorithms.mpo.mpo_loss`, or ``None`` if it has no pair.
+        weights: of the two terms at this step (``AlgorithmConfig.weights``).
 
     Raises:
         ValueError: if both are ``None``.
     """
     if grpo is not None and mpo is not None:
-        return cfg.grpo.weight * grpo + cfg.mpo.weight * mpo
+        return weights[0] * grpo + weights[1] * mpo
     if grpo is not None:
-        return cfg.grpo.weight * grpo
+        return weights[0] * grpo
     if mpo is not None:
-        return cfg.mpo.weight * mpo
+        return weights[1] * mpo
     raise ValueError("both loss terms are None; allowed: at most one")
 
 
@@ -62,21 +73,26 @@ def merge_stats(parts: Iterable[Mapping[str, Tensor]]) -> Stats:
 def finalise(
     sums: Mapping[str, Tensor | float],
     cfg: AlgorithmConfig,
+    weights: tuple[float, float],
     grpo_samples: int,
     grpo_tokens: int,
     pairs: int,
+    max_new_tokens: int,
     delta: float | None = None,
 ) -> dict[str, float]:
     """Metrics of a step from the merged sums of all micro-batches and ranks.
 
-    A term that is absent gives no key at all, rather than a 0 that would look like a perfect loss: no GRPO samples,
-    no ``loss/grpo`` and no ``grpo/…``; no pairs, no ``loss/mpo``, its three parts or ``mpo/…`` except
-    ``mpo/pairs``, which is a count; ``grpo/kl_reference`` only with a reference; ``loss/total`` needs one of the two.
+    A term that is absent (no sample or pair, or weight 0 at this step) gives no key at all, rather than a 0 that would
+    look like a perfect loss: no ``loss/grpo`` and no ``grpo/…``; no ``loss/mpo``, its three parts or ``mpo/…`` except
+    ``mpo/pairs``, which is a count. ``loss/total`` needs one of the two. ``grpo/kl_reference`` comes only with a
+    reference; the fractions of the dual clip and of the mismatch correction only if they are on.
 
     Args:
         sums: of :func:`merge_stats`, summed over ranks too.
-        cfg: weights of the terms and the aggregation.
+        cfg: the aggregation.
+        weights: of the two terms at this step (``AlgorithmConfig.weights``).
         grpo_samples, grpo_tokens, pairs: counts of the whole step (``TrainBatch``).
+        max_new_tokens: ``rollout.max_new_tokens``, the length of the ``fixed`` aggregation.
         delta: δ that the step used.
 
     Raises:
@@ -85,18 +101,17 @@ def finalise(
     """
     values = {name: float(value) for name, value in sums.items()}
     metrics: dict[str, float] = {}
-    if grpo_samples:
+    if grpo_samples and weights[0] > 0:
         _same_count("GRPO tokens", values.get("grpo_tokens", 0.0), grpo_tokens)
-        denominator = grpo_samples if cfg.grpo.aggregation is Aggregation.sample else grpo_tokens
+        denominator = step_denominator(cfg.grpo.aggregation, grpo_samples, grpo_tokens, max_new_tokens)
         metrics["loss/grpo"] = values["grpo_loss"] / denominator
         metrics["grpo/clip_fraction"] = values["grpo_clipped"] / grpo_tokens
         metrics["grpo/ratio_mean"] = values["grpo_ratio"] / grpo_tokens
         metrics["grpo/ratio_max"] = values["grpo_ratio_max"]
         metrics["grpo/kl_behaviour"] = values["grpo_kl_behaviour"] / grpo_tokens
-        if "grpo_kl_reference" in values:
-            metrics["grpo/kl_reference"] = values["grpo_kl_reference"] / grpo_tokens
+        metrics |= {metric: values[name] / grpo_tokens for name, metric in OPTIONAL_MEANS.items() if name in values}
     metrics["mpo/pairs"] = float(pairs)
-    if pairs:
+    if pairs and weights[1] > 0:
         _same_count("pairs", values.get("mpo_pairs", 0.0), pairs)
         metrics["loss/mpo"] = values["mpo_loss"] / pairs
         for part in ("preference", "quality", "generation"):
@@ -107,10 +122,11 @@ def finalise(
         metrics["mpo/rejected_reward"] = values["mpo_rejected_reward"] / pairs
         if delta is not None:
             metrics["mpo/delta"] = delta
-    if grpo_samples or pairs:
-        metrics["loss/total"] = cfg.grpo.weight * metrics.get("loss/grpo", 0.0) + cfg.mpo.weight * metrics.get(
-            "loss/mpo", 0.0
-        )
+    terms = [
+        weight * metrics[key] for weight, key in zip(weights, ("loss/grpo", "loss/mpo"), strict=True) if key in metrics
+    ]
+    if terms:
+        metrics["loss/total"] = sum(terms)
     return metrics
 
 

@@ -1,6 +1,10 @@
-"""A sum tree in numpy: weighted drawing without replacement among a million leaves in well under a millisecond each."""
+"""What the Selective Sample Buffer ranks by: sum trees to draw from, recency factors, and the order of eviction."""
 
 from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,6 +40,12 @@ class SumTree:
         """float64 [k]: weights of the leaves int [k]."""
         return self._levels[0][leaves]
 
+    def scale(self, exponent: int) -> None:
+        """Multiply every weight by 2^exponent; exact, as long as no weight leaves the range of normal floats."""
+        factor = math.ldexp(1.0, exponent)
+        for level in self._levels:
+            level *= factor
+
     def set(self, leaves: np.ndarray, weights: np.ndarray) -> None:
         """Set the weights float [k] of the leaves int [k], which must be distinct.
 
@@ -55,50 +65,155 @@ class SumTree:
             nodes = nodes >> 1
             level[nodes] = below[2 * nodes] + below[2 * nodes + 1]
 
-    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw up to ``n`` distinct leaves one after the other, each with P ∝ weight among those not drawn yet.
+    def sums(self, depth: int) -> np.ndarray:
+        """Sums ``depth`` levels below the root: float64 [2^depth]; not a copy."""
+        return self._levels[-1 - depth]
 
-        Drawing with replacement and passing over repeats gives exactly this law (successive sampling), so leaves are
-        drawn in batches. What is still missing after a batch is drawn from the tree with the drawn leaves at 0;
-        that keeps the number of rounds small where few leaves hold most of the weight. A leaf of weight 0 is
-        never drawn. The weights are unchanged afterwards.
+    @property
+    def depth(self) -> int:
+        """Levels from the root to the leaves."""
+        return len(self._levels) - 1
 
-        Returns:
-            int64 [k] in the order drawn; k < n only if fewer leaves have a weight above 0.
+
+Mixture = Sequence[tuple[SumTree, float]]
+"""Trees of equal size with their coefficients: the weight of a leaf is Σ coefficient · its weight in each tree."""
+
+
+def draw_mixture(mixture: Mixture, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw up to ``n`` distinct leaves one after the other, each with P ∝ its mixed weight among those not drawn yet.
+
+    Drawing with replacement and passing over repeats gives exactly this law (successive sampling), so leaves are
+    drawn in batches. What is still missing after a batch is drawn from the trees with the drawn leaves at 0; that
+    keeps the number of rounds small where few leaves hold most of the weight. The coefficients stay what they were,
+    so what remains is the same mixture. A leaf of weight 0 is never drawn. The trees are unchanged afterwards.
+
+    Returns:
+        int64 [k] in the order drawn; k < n only if fewer leaves have a weight above 0.
+
+    Raises:
+        ValueError: for a negative ``n``.
+    """
+    if n < 0:
+        raise ValueError(f"n is {n}; allowed: 0 or more")
+    drawn: list[np.ndarray] = []
+    weights: list[list[np.ndarray]] = []
+    missing = n
+    try:
+        while missing > 0 and (total := sum(coefficient * tree.total for tree, coefficient in mixture)) > 0:
+            leaves = _descend(mixture, rng.random(missing) * total)
+            _, first = np.unique(leaves, return_index=True)
+            fresh = leaves[np.sort(first)]
+            drawn.append(fresh)
+            weights.append([tree.get(fresh) for tree, _ in mixture])
+            missing -= fresh.size
+            if missing:
+                for tree, _ in mixture:
+                    tree.set(fresh, np.zeros(fresh.size))
+    finally:
+        if len(drawn) > 1 or missing:
+            for leaves, old in zip(drawn, weights, strict=True):
+                for (tree, _), own in zip(mixture, old, strict=True):
+                    tree.set(leaves, own)
+    return np.concatenate(drawn) if drawn else np.zeros(0, dtype=np.int64)
+
+
+def _descend(mixture: Mixture, points: np.ndarray) -> np.ndarray:
+    """Leaf whose interval of the cumulated mixed weights holds each point in [0, total)."""
+    nodes = np.zeros(points.size, dtype=np.int64)
+    for depth in range(1, mixture[0][0].depth + 1):
+        left = 2 * nodes
+        left_sum, right_sum = _mixed(mixture, depth, left), _mixed(mixture, depth, left + 1)
+        # Rounding may leave a point at or past the end of its subtree; without the second condition it
+        # would run off into a branch of weight 0.
+        go_right = (points >= left_sum) & (right_sum > 0)
+        points = points - left_sum * go_right
+        nodes = left + go_right
+    return nodes
+
+
+def _mixed(mixture: Mixture, depth: int, nodes: np.ndarray) -> np.ndarray:
+    (tree, coefficient), *others = mixture
+    mixed = coefficient * tree.sums(depth)[nodes]
+    for tree, coefficient in others:
+        mixed += coefficient * tree.sums(depth)[nodes]
+    return mixed
+
+
+class Recency:
+    """Factors recency^age, kept relative: a weight is multiplied by recency^(-version) once, at insertion, and then the
+    *ratio* of any two is right at every later version without touching them.
+
+    recency^(-version) itself leaves the range of floats after some hundred versions. So it is split into a fraction
+    and a power of two: a shift of all exponents, exact in floats, brings the weights back into range.
+    """
+
+    def __init__(self, recency: float) -> None:
+        """
+        Args:
+            recency: factor of one version of age, above 0 and at most 1.
+        """
+        self.bits = -math.log2(recency)
+        """Binary digits that a weight loses with each version."""
+
+    def split(self, version: int) -> tuple[float, int]:
+        """``(fraction, exponent)``: recency^(-version) = fraction · 2^exponent, fraction in [1, 2)."""
+        power = version * self.bits
+        exponent = math.floor(power)
+        return 2.0 ** (power - exponent), exponent
+
+
+class EvictionQueue:
+    """Leaves in the order in which they make room: the smallest key first, among equals the one that came first.
+
+    A heap; a leaf that leaves from its middle stays there as a mark without meaning, which is passed over when it
+    comes up. When the marks outnumber the rest they are cleared. So each call costs O(log n), averaged over many.
+    """
+
+    def __init__(self, size: int) -> None:
+        """
+        Args:
+            size: number of leaves.
+        """
+        self._heap: list[tuple[float, int, int]] = []
+        self._numbers = [-1] * size
+        self._living = 0
+        self.next_number = 0
+        """Number that the next leaf gets: they count arrivals."""
+
+    def __len__(self) -> int:
+        return self._living
+
+    def push(self, leaf: int, key: float) -> None:
+        """Add a leaf that is not in the queue."""
+        heapq.heappush(self._heap, (key, self.next_number, leaf))
+        self._numbers[leaf] = self.next_number
+        self.next_number += 1
+        self._living += 1
+
+    def remove(self, leaf: int) -> None:
+        """Take a leaf out, wherever it stands."""
+        self._numbers[leaf] = -1
+        self._living -= 1
+        if len(self._heap) > 2 * self._living + 64:
+            self._heap = [entry for entry in self._heap if self._numbers[entry[2]] == entry[1]]
+            heapq.heapify(self._heap)
+
+    def first(self) -> tuple[float, int]:
+        """``(key, leaf)`` of the leaf that goes next; it stays in the queue.
 
         Raises:
-            ValueError: for a negative ``n``.
+            IndexError: if the queue is empty.
         """
-        if n < 0:
-            raise ValueError(f"n is {n}; allowed: 0 or more")
-        drawn: list[np.ndarray] = []
-        weights: list[np.ndarray] = []
-        missing = n
-        try:
-            while missing > 0 and self.total > 0:
-                leaves = self._descend(rng.random(missing) * self.total)
-                _, first = np.unique(leaves, return_index=True)
-                fresh = leaves[np.sort(first)]
-                drawn.append(fresh)
-                weights.append(self.get(fresh))
-                missing -= fresh.size
-                if missing:
-                    self.set(fresh, np.zeros(fresh.size))
-        finally:
-            if len(drawn) > 1 or missing:
-                for leaves, old in zip(drawn, weights, strict=True):
-                    self.set(leaves, old)
-        return np.concatenate(drawn) if drawn else np.zeros(0, dtype=np.int64)
+        while self._numbers[self._heap[0][2]] != self._heap[0][1]:
+            heapq.heappop(self._heap)
+        key, _, leaf = self._heap[0]
+        return key, leaf
 
-    def _descend(self, points: np.ndarray) -> np.ndarray:
-        """Leaf whose interval of the cumulated weights holds each point in [0, total)."""
-        nodes = np.zeros(points.size, dtype=np.int64)
-        for level in self._levels[-2::-1]:
-            left = 2 * nodes
-            left_sum = level[left]
-            # Rounding may leave a point at or past the end of its subtree; without the second condition it
-            # would run off into a branch of weight 0.
-            go_right = (points >= left_sum) & (level[left + 1] > 0)
-            points = points - left_sum * go_right
-            nodes = left + go_right
-        return nodes
+    def number(self, leaf: int) -> int:
+        """How many came before this leaf; -1 if it is not in the queue."""
+        return self._numbers[leaf]
+
+    def by_arrival(self) -> list[int]:
+        """All leaves in the order in which they came."""
+        living = (entry for entry in self._heap if self._numbers[entry[2]] == entry[1])
+        return [leaf for _, leaf in sorted((number, leaf) for _, number, leaf in living)]

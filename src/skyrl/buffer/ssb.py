@@ -1,29 +1,29 @@
-"""The Selective Sample Buffer (Skywork R1V2): effective samples of earlier steps, drawn with P ∝ |advantage|^alpha."""
+"""The Selective Sample Buffer (Skywork R1V2): effective samples of earlier steps, drawn with P ∝ |advantage|^alpha.
+
+docs/selective_sample_buffer.md says what it is for, what P is, and what was chosen where the paper is silent.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from skyrl.buffer.priorities import SumTree
-from skyrl.types import Prompt, Sample, SampleGroup
+from skyrl.buffer.priorities import EvictionQueue, Recency, SumTree, draw_mixture
+from skyrl.buffer.store import Entry, Store, StoredPrompt, own_prompt, own_sample, read_records
+from skyrl.config import BufferConfig, Eviction, Unit
+from skyrl.types import Sample, SampleGroup
 
-NO_VERSION = np.iinfo(np.int64).max
-"""Version of an empty slot: never too old."""
-
-
-@dataclass(slots=True)
-class StoredPrompt:
-    """A prompt with its pictures, kept once for all samples of its group."""
-
-    prompt: Prompt
-    prompt_ids: np.ndarray
-    members: int = 0
-    """Samples in the buffer that refer to it; at 0 it is no longer held."""
+PRIORITIES = (1e-50, 1e50)
+"""|A|^alpha below the first counts as 0, above the second is an error."""
+FADING_BITS = 500
+"""recency^max_age may be no smaller than 2^-500. With ``PRIORITIES`` and ``HEADROOM_BITS`` this keeps every weight a
+normal float."""
+HEADROOM_BITS = 400
+"""The newest weights may have grown by 2^400 before all are shifted down."""
+STATE_KEYS = {"capacity", "unit", "leaves", "free", "counts", "unit_prompts", "samples", "prompts", "rng"}
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,76 +33,78 @@ class Drawn:
     stored: StoredPrompt
     sample: Sample
     probability: float
-    """|A|^alpha / Σ |A|^alpha over the whole buffer: its chance of being drawn first."""
+    """P of its unit: the chance that this sample (or its group) is drawn first."""
 
 
 class SelectiveSampleBuffer:
-    """Keeps effective samples, drops the oldest at capacity and the outdated by age, and draws by |advantage|.
+    """Keeps effective samples, makes room at capacity, drops the outdated by age, and draws by |advantage|.
 
-    The age of a sample is the current policy version minus the version that drew it. Samples may arrive in any order
-    of versions. Equal seeds and equal calls give equal draws, also across ``state_dict``.
+    The age of a sample is the current policy version minus the version that drew it; a group is as old as its oldest
+    sample. Samples may arrive in any order of versions. A *unit* is a sample or a group (``BufferConfig.unit``), and
+    with N units the chance of being drawn first is::
+
+        P = (1 − uniform_share) · priority / Σ priority + uniform_share / N
+        priority = |A|^alpha · recency^age, with the mean of |A|^alpha over the samples of a group
+
+    Equal seeds and equal calls give equal draws, also across ``state_dict``.
     """
 
-    def __init__(self, capacity: int, max_age: int, alpha: float, seed: int) -> None:
+    def __init__(self, cfg: BufferConfig, seed: int) -> None:
         """
         Args:
-            capacity: samples kept, at least 1.
-            max_age: policy versions after which a sample is dropped, 0 or more.
-            alpha: exponent of the priority, 0 (uniform) or more.
+            cfg: the settings. ``enabled``, ``mix``, ``fill_target`` and ``importance_correction`` are not used here.
             seed: of the buffer's own random generator.
 
         Raises:
-            ValueError: for a value outside these limits.
+            ValueError: for a setting outside its limits.
         """
-        if capacity < 1 or max_age < 0 or not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(
-                f"capacity is {capacity}, max_age {max_age}, alpha {alpha}; allowed: 1 or more, 0 or more, 0 or more"
-            )
-        self.capacity = capacity
-        self.max_age = max_age
-        self.alpha = alpha
+        _check(cfg)
+        self.cfg = cfg
         self._rng = np.random.default_rng(seed)
+        self._recency = Recency(cfg.recency)
         self._clear()
 
     def __len__(self) -> int:
-        return len(self._live)
+        return self._store.size
 
     def add(self, groups: list[SampleGroup], version: int) -> int:
-        """Keep the effective samples of ``groups`` that can be drawn; at capacity the oldest make room.
+        """Drop what is older than ``max_age``, then keep the effective samples of ``groups`` that can be drawn.
 
-        Passed over: samples that are not effective, whose hybrid advantage (hence priority) is 0, or that are
-        already older than ``max_age``.
+        At capacity the first units in the order of eviction go until the new one fits: ``oldest`` the one that came
+        first; ``smallest`` the smallest priority, recency included, among equals the one that came first. That may be
+        the new one itself. Passed over: samples that are not effective, whose hybrid advantage (hence priority)
+        is 0, or that are already older than ``max_age``.
 
         Args:
             groups: scored groups.
             version: the current policy version.
 
         Returns:
-            The number of samples kept.
+            The number of their samples that are in the buffer afterwards.
 
         Raises:
-            ValueError: for an advantage that is not finite, or a sample newer than ``version``. Nothing is
-                added then.
+            ValueError: for an advantage that is not finite or too large for alpha, a sample newer than ``version``, or
+                a group that is larger than the buffer. Nothing is added then.
         """
         wanted = [(group, self._select(group, version)) for group in groups]
+        self._expire(version)
+        self._rebase(version)
         changed: dict[int, float] = {}
-        kept = 0
+        first = self._queue.next_number
         for group, samples in wanted:
-            if not samples:
-                continue
-            stored = _own_prompt(group)
-            for sample, priority in samples:
-                slot = self._free.pop() if self._free else self._release(next(iter(self._live)))
-                self._put(slot, stored, _own_sample(sample))
-                changed[slot] = priority
-            kept += len(samples)
-        self._set_priorities(changed)
-        return kept
+            if samples:
+                stored = own_prompt(group)
+                for unit in self._units(tuple(map(own_sample, samples))):
+                    self._insert(self._entry(stored, unit), changed)
+        self._set_weights(changed)
+        return sum(len(self._store[leaf].samples) for leaf in changed if self._queue.number(leaf) >= first)
 
     def draw(self, n: int, version: int) -> list[Drawn]:
-        """Drop what is older than ``max_age``, then draw ``n`` samples without replacement, P ∝ |A|^alpha.
+        """Drop what is older than ``max_age``, then draw up to ``n`` samples without replacement.
 
-        The drawn samples stay in the buffer. Fewer than ``n`` come back if fewer are there.
+        Units come one after the other, each with chance ∝ P among those not drawn yet (successive sampling). The first
+        group that does not fit into ``n`` ends the draw: passing over it would prefer small groups. The drawn samples
+        stay in the buffer. Fewer than ``n`` come back if fewer are there.
 
         Args:
             n: samples wanted, 0 or more.
@@ -112,85 +114,98 @@ class SelectiveSampleBuffer:
             ValueError: for a negative ``n``.
         """
         self._expire(version)
-        slots = self._tree.draw(n, self._rng)
-        probabilities = self._tree.get(slots) / self._tree.total if slots.size else np.zeros(0)
-        return [
-            Drawn(*self._live[slot], probability)
-            for slot, probability in zip(slots.tolist(), probabilities.tolist(), strict=True)
-        ]
+        if n < 0:
+            raise ValueError(f"n is {n}; allowed: 0 or more")
+        if n == 0 or not len(self):
+            return []
+        share = self.cfg.uniform_share
+        by_priority, by_number = (1 - share) / self._tree.total, share / len(self._queue)
+        mixture = [(self._tree, by_priority)]
+        if self._ones is not None:
+            mixture.append((self._ones, by_number))
+        leaves = draw_mixture(mixture, n, self._rng)
+        chances = by_priority * self._tree.get(leaves) + by_number
+        drawn: list[Drawn] = []
+        for leaf, chance in zip(leaves.tolist(), chances.tolist(), strict=True):
+            entry = self._store[leaf]
+            if len(drawn) + len(entry.samples) > n:
+                break
+            drawn += [Drawn(entry.stored, sample, chance) for sample in entry.samples]
+        return drawn
 
     def stats(self, version: int) -> dict[str, float]:
-        """``size`` (samples), ``prompts`` (groups they belong to), ``priority_mass`` (Σ |A|^alpha), and, unless
-        empty, ``age_mean`` and ``age_max`` in policy versions."""
-        size = len(self._live)
-        stats = {"size": float(size), "prompts": float(self._prompts), "priority_mass": self._tree.total}
-        if size:
-            ages = {version - old: count for old, count in self._version_counts.items()}
-            stats["age_mean"] = sum(age * count for age, count in ages.items()) / size
-            stats["age_max"] = float(max(ages))
-        return stats
+        """``size`` (samples), ``prompts`` (groups they belong to), ``priority_mass`` (Σ priority over the units), and,
+        unless empty, ``age_mean`` and ``age_max`` of the samples in policy versions."""
+        fraction, exponent = self._recency.split(version)
+        mass = math.ldexp(self._tree.total / fraction, self._shift - exponent)
+        size, prompts = float(len(self)), float(self._store.prompts)
+        return {"size": size, "prompts": prompts, "priority_mass": mass} | self._store.ages(version)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later draws depend on, each prompt once; picklable, holding the records themselves."""
-        prompts = {id(stored): stored for stored, _ in self._live.values()}
-        number = {key: place for place, key in enumerate(prompts)}
+        leaves = self._queue.by_arrival()
         return {
-            "capacity": self.capacity,
-            "slots": np.fromiter(self._live, dtype=np.int64, count=len(self._live)),
-            "free": np.array(self._free, dtype=np.int64),
-            "samples": [sample for _, sample in self._live.values()],
-            "sample_prompts": [number[id(stored)] for stored, _ in self._live.values()],
-            "prompts": [(stored.prompt, stored.prompt_ids) for stored in prompts.values()],
+            "capacity": self.cfg.capacity,
+            "unit": self.cfg.unit.value,
+            "leaves": np.array(leaves, dtype=np.int64),
+            "free": np.array(self._store.free, dtype=np.int64),
             "rng": self._rng.bit_generator.state,
-        }
+        } | self._store.records(leaves)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the whole content by that of :meth:`state_dict`.
 
-        With the same settings the following draws are those that the saved buffer would have made. ``alpha`` and
-        ``max_age`` may differ. So may ``capacity``: then the newest samples that fit are kept.
+        With the same settings the following draws are those that the saved buffer would have made. All settings may
+        differ; with another ``capacity`` or ``unit`` the samples are added anew in the order in which they came.
 
         Raises:
-            ValueError: if a key is missing.
+            ValueError: if a key is missing, as in a state that an older version of this class saved.
         """
-        missing = {"capacity", "slots", "free", "samples", "sample_prompts", "prompts", "rng"} - state.keys()
-        if missing:
-            raise ValueError(f"buffer state lacks {sorted(missing)}")
+        if missing := STATE_KEYS - state.keys():
+            raise ValueError(
+                f"buffer state lacks {sorted(missing)}: another version of skyrl saved it; go on with that version, or "
+                "start a new run from its exported policy"
+            )
         self._clear()
-        slots = state["slots"].tolist()
-        if state["capacity"] == self.capacity:
-            self._free = state["free"].tolist()
-        else:
-            slots = list(range(min(len(slots), self.capacity)))
-            self._free = list(range(self.capacity - 1, len(slots) - 1, -1))
-        prompts = [StoredPrompt(prompt, ids) for prompt, ids in state["prompts"]]
-        skipped = len(state["samples"]) - len(slots)
+        units = read_records(state)
+        self._rebase(max((sample.policy_version for sample in state["samples"]), default=0))
         changed: dict[int, float] = {}
-        for slot, sample, place in zip(
-            slots, state["samples"][skipped:], state["sample_prompts"][skipped:], strict=True
-        ):
-            self._put(slot, prompts[place], sample)
-            changed[slot] = self._priority(sample)
-        self._set_priorities(changed)
+        if (state["capacity"], state["unit"]) == (self.cfg.capacity, self.cfg.unit.value):
+            self._store.free = state["free"].tolist()
+            for leaf, (stored, samples) in zip(state["leaves"].tolist(), units, strict=True):
+                self._put(leaf, self._entry(stored, samples), changed)
+        else:
+            groups: dict[int, tuple[StoredPrompt, tuple[Sample, ...]]] = {}
+            for stored, samples in units:
+                _, before = groups.get(id(stored), (stored, ()))
+                groups[id(stored)] = (stored, before + samples)
+            for stored, samples in groups.values():
+                for unit in self._units(samples):
+                    self._insert(self._entry(stored, unit), changed)
+        self._set_weights(changed)
         self._rng.bit_generator.state = state["rng"]
 
     # ------------------------------------------------------------------ inside
 
     def _clear(self) -> None:
-        # Slot → record in order of arrival. An OrderedDict takes from the front and from the middle in O(1).
-        self._live: OrderedDict[int, tuple[StoredPrompt, Sample]] = OrderedDict()
-        self._free = list(range(self.capacity - 1, -1, -1))
-        self._tree = SumTree(self.capacity)
-        self._versions = np.full(self.capacity, NO_VERSION)
-        self._version_counts: dict[int, int] = {}
-        self._prompts = 0
+        capacity = self.cfg.capacity
+        self._store = Store(capacity)
+        self._queue = EvictionQueue(capacity)
+        self._tree = SumTree(capacity)
+        self._shift = 0
+        """The tree's weights are |A|^alpha · recency^(-version) · 2^(-shift)."""
+        self._ones = SumTree(capacity) if self.cfg.uniform_share > 0 else None
 
     def _priority(self, sample: Sample) -> float:
         # Python's pow on one float: numpy's vectorised one may differ in the last bit with the place in the array.
-        return abs(sample.advantage) ** self.alpha if sample.advantage else 0.0
+        try:
+            priority = abs(sample.advantage) ** self.cfg.alpha if sample.advantage else 0.0
+        except OverflowError:
+            return math.inf
+        return priority if priority >= PRIORITIES[0] else 0.0
 
-    def _select(self, group: SampleGroup, version: int) -> list[tuple[Sample, float]]:
-        """The samples of a group worth keeping, with their priorities."""
+    def _select(self, group: SampleGroup, version: int) -> list[Sample]:
+        """The samples of a group worth keeping."""
         selected = []
         for sample in group.samples:
             if not sample.effective:
@@ -198,61 +213,88 @@ class SelectiveSampleBuffer:
             where = f"prompt {group.prompt.id}, sample {sample.index}"
             if not math.isfinite(sample.advantage):
                 raise ValueError(f"{where}: advantage is {sample.advantage}; allowed: finite")
-            if sample.policy_version > version:
-                raise ValueError(
-                    f"{where}: policy version {sample.policy_version}; allowed: up to {version}, the current"
-                )
+            if (made := sample.policy_version) > version:
+                raise ValueError(f"{where}: policy version {made}; allowed: up to {version}, the current")
             priority = self._priority(sample)
-            if priority > 0 and version - sample.policy_version <= self.max_age:
-                selected.append((sample, priority))
+            if priority > PRIORITIES[1]:
+                raise ValueError(f"{where}: |{sample.advantage}|^{self.cfg.alpha:g} is above 1e50; lower alpha")
+            if priority > 0 and version - made <= self.cfg.max_age:
+                selected.append(sample)
+        if self.cfg.unit is Unit.group and len(selected) > self.cfg.capacity:
+            raise ValueError(
+                f"prompt {group.prompt.id}: {len(selected)} samples to keep together; capacity is {self.cfg.capacity}"
+            )
         return selected
 
-    def _put(self, slot: int, stored: StoredPrompt, sample: Sample) -> None:
-        self._live[slot] = (stored, sample)
-        self._versions[slot] = sample.policy_version
-        self._version_counts[sample.policy_version] = self._version_counts.get(sample.policy_version, 0) + 1
-        self._prompts += stored.members == 0
-        stored.members += 1
+    def _units(self, samples: tuple[Sample, ...]) -> list[tuple[Sample, ...]]:
+        """The kept samples of one prompt, parted into what is drawn together."""
+        return [samples] if self.cfg.unit is Unit.group else [(sample,) for sample in samples]
 
-    def _release(self, slot: int) -> int:
-        """Forget the record of a slot; its priority is the caller's to change."""
-        stored, sample = self._live.pop(slot)
-        self._versions[slot] = NO_VERSION
-        left = self._version_counts[sample.policy_version] - 1
-        if left:
-            self._version_counts[sample.policy_version] = left
-        else:
-            del self._version_counts[sample.policy_version]
-        stored.members -= 1
-        self._prompts -= stored.members == 0
-        return slot
+    def _entry(self, stored: StoredPrompt, samples: tuple[Sample, ...]) -> Entry:
+        priority = sum(map(self._priority, samples)) / len(samples)
+        return Entry(stored, samples, priority, min(sample.policy_version for sample in samples))
+
+    def _key(self, entry: Entry) -> float:
+        """Place in the order of eviction. For ``smallest`` log2 of the weight: its order is that at any version."""
+        if self.cfg.eviction is Eviction.oldest:
+            return 0.0
+        return math.log2(entry.priority) + entry.version * self._recency.bits
+
+    def _insert(self, entry: Entry, changed: dict[int, float]) -> None:
+        """Make room and put the entry in, unless it is itself the first to go. New weights are noted in ``changed``."""
+        while not self._store.fits(entry):
+            key, leaf = self._queue.first()
+            if self._key(entry) < key:
+                return
+            self._release(leaf)
+            changed[leaf] = 0.0
+        self._put(self._store.free.pop(), entry, changed)
+
+    def _put(self, leaf: int, entry: Entry, changed: dict[int, float]) -> None:
+        self._store.put(leaf, entry)
+        self._queue.push(leaf, self._key(entry))
+        fraction, exponent = self._recency.split(entry.version)
+        changed[leaf] = math.ldexp(entry.priority * fraction, exponent - self._shift)
+
+    def _release(self, leaf: int) -> None:
+        self._store.release(leaf)
+        self._queue.remove(leaf)
 
     def _expire(self, version: int) -> None:
-        """Drop every sample older than ``max_age``. Looks at the slots only if there is one."""
-        limit = version - self.max_age
-        if not self._live or min(self._version_counts) >= limit:
-            return
-        slots = np.flatnonzero(self._versions < limit)
-        for slot in slots.tolist():
-            self._free.append(self._release(slot))
-        self._tree.set(slots, np.zeros(slots.size))
+        """Drop every unit older than ``max_age``."""
+        outdated = self._store.older_than(version - self.cfg.max_age)
+        for leaf in outdated:
+            self._release(leaf)
+        self._set_weights(dict.fromkeys(outdated, 0.0))
 
-    def _set_priorities(self, changed: dict[int, float]) -> None:
-        self._tree.set(np.array(list(changed), dtype=np.int64), np.array(list(changed.values())))
+    def _rebase(self, version: int) -> None:
+        """Shift all weights by a power of two before those of ``version`` become too large."""
+        _, exponent = self._recency.split(version)
+        if exponent - self._shift > HEADROOM_BITS:
+            if len(self):
+                self._tree.scale(self._shift - exponent)
+            self._shift = exponent
 
-
-def _own(array: np.ndarray) -> np.ndarray:
-    """The array itself, or a copy if it is a view: a view into shared memory or into a batch would keep all of
-    that alive for as long as the sample stays in the buffer."""
-    return array if array.flags.owndata else array.copy()
-
-
-def _own_prompt(group: SampleGroup) -> StoredPrompt:
-    images = tuple(_own(image) for image in group.prompt.images)
-    return StoredPrompt(replace(group.prompt, images=images), _own(group.prompt_ids))
+    def _set_weights(self, changed: dict[int, float]) -> None:
+        leaves, weights = np.array(list(changed), dtype=np.int64), np.array(list(changed.values()))
+        self._tree.set(leaves, weights)
+        if self._ones is not None:
+            self._ones.set(leaves, weights > 0)
 
 
-def _own_sample(sample: Sample) -> Sample:
-    if sample.token_ids.flags.owndata and sample.logprobs.flags.owndata:
-        return sample
-    return replace(sample, token_ids=_own(sample.token_ids), logprobs=_own(sample.logprobs))
+def _check(cfg: BufferConfig) -> None:
+    if cfg.capacity < 1 or cfg.max_age < 0 or not (math.isfinite(cfg.alpha) and cfg.alpha >= 0):
+        raise ValueError(
+            f"capacity is {cfg.capacity}, max_age {cfg.max_age}, alpha {cfg.alpha}; "
+            "allowed: 1 or more, 0 or more, 0 or more"
+        )
+    if not 0 < cfg.recency <= 1 or not 0 <= cfg.uniform_share <= 1:
+        raise ValueError(
+            f"recency is {cfg.recency}, uniform_share {cfg.uniform_share}; allowed: above 0 and at most 1, 0 … 1"
+        )
+    bits = Recency(cfg.recency).bits
+    if bits * cfg.max_age > FADING_BITS:
+        raise ValueError(
+            f"recency is {cfg.recency} with max_age {cfg.max_age}; allowed: a max_age of up to "
+            f"{int(FADING_BITS / bits)}: what is older would never be drawn"
+        )

@@ -22,8 +22,8 @@ def build_datasets(cfg: DataConfig) -> dict[str, PromptDataset]:
     """
     if cfg.source == "digits":
         return {
-            "train": DigitScenes("train", cfg.train_size, cfg.text_share, cfg.seed),
-            "eval": DigitScenes("eval", cfg.eval_size, cfg.text_share, cfg.seed),
+            "train": DigitScenes("train", cfg.train_size, cfg.text_share, cfg.seed, cfg.kinds),
+            "eval": DigitScenes("eval", cfg.eval_size, cfg.text_share, cfg.seed, cfg.kinds),
         }
     if cfg.source != "parquet":
         raise DataError(f"data.source={cfg.source}: allowed are digits and parquet")

@@ -1,10 +1,10 @@
-"""The columns of a Parquet file of prompts, and what is allowed in them."""
+"""The columns of Parquet files of prompts and of pairs, and what is allowed in them."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 from skyrl.types import DataError
 
 TEXT = "string"
+NUMBER = "float or integer"
 PICTURES = "list of binary (PNG or JPEG files) or list of string (paths of such files)"
 REQUIRED = ("question", "answer", "verifier")
 COLUMNS = {
@@ -29,26 +30,31 @@ SELF_CHECKED = ("exact", "numeric", "choice")
 """Verifiers whose truths are checked when a file is opened; they take microseconds and can't hang."""
 
 
-def check_schema(path: Path, schema: pa.Schema) -> None:
+def check_schema(path: Path, schema: pa.Schema, columns: Mapping[str, str], required: Sequence[str]) -> None:
     """Check that the required columns are there and that all known ones have a type that can be read.
+
+    Args:
+        path: The file, named by errors.
+        schema: What it has.
+        columns: Name of each known column → ``TEXT``, ``NUMBER`` or ``PICTURES``.
+        required: The names that must be there.
 
     Raises:
         DataError: naming the file and the column; also for a name that looks like a misspelt known one.
     """
-    for name in REQUIRED:
+    for name in required:
         if name not in schema.names:
             raise DataError(
-                f"{path}: column {name!r} is missing; got {', '.join(schema.names)}; needed: {', '.join(REQUIRED)}"
+                f"{path}: column {name!r} is missing; got {', '.join(schema.names)}; needed: {', '.join(required)}"
             )
     for name in schema.names:
         if schema.names.count(name) > 1:
             raise DataError(f"{path}: column {name!r} comes twice")
-        if name in COLUMNS:
+        if name in columns:
             kind = schema.field(name).type
-            fits = is_text(kind) if COLUMNS[name] == TEXT else is_pictures(kind)
-            if not fits:
-                raise DataError(f"{path}: column {name!r}: got type {kind}; allowed: {COLUMNS[name]}")
-        elif close := difflib.get_close_matches(name, set(COLUMNS) - set(schema.names), n=1, cutoff=0.8):
+            if not CHECKS[columns[name]](kind):
+                raise DataError(f"{path}: column {name!r}: got type {kind}; allowed: {columns[name]}")
+        elif close := difflib.get_close_matches(name, set(columns) - set(schema.names), n=1, cutoff=0.8):
             # Silently ignoring "image" would make a picture data set a text data set.
             raise DataError(f"{path}: column {name!r} is unknown; did you mean {close[0]!r}? Rename or remove it")
 
@@ -60,9 +66,11 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def plain_text(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text columns of any layout as the one layout that every pyarrow function takes; others as they are."""
-    return column.cast(pa.large_string()) if COLUMNS[name] == TEXT else column
+def plain(kind: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text and numbers of any layout as the one layout that every pyarrow function takes; others as they are."""
+    if kind == PICTURES:
+        return column
+    return column.cast(pa.large_string() if kind == TEXT else pa.float64())
 
 
 def is_pictures(kind: pa.DataType) -> bool:
@@ -71,6 +79,14 @@ def is_pictures(kind: pa.DataType) -> bool:
         return False
     item = kind.value_type
     return is_text(item) or pa.types.is_binary(item) or pa.types.is_large_binary(item)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """True for floats and integers of any width."""
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+CHECKS: dict[str, Callable[[pa.DataType], bool]] = {TEXT: is_text, NUMBER: is_number, PICTURES: is_pictures}
 
 
 def where(path: Path, row: int, column: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -59,3 +60,24 @@ def encode_png(picture: np.ndarray, where: str) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="PNG")
     return file.getvalue()
+
+
+def mask_picture(picture: np.ndarray, prompt_id: str, share: float, patch: int) -> np.ndarray:
+    """A copy with random square patches blackened: a pure function of its arguments.
+
+    Args:
+        picture: uint8 [height, width, 3].
+        prompt_id: Seeds the choice of patches.
+        share: Probability, 0 … 1, with which each patch is black.
+        patch: Side of a patch, pixels, at least 1; those at the right and lower edge may be cut.
+
+    Raises:
+        ValueError: for another share or patch.
+    """
+    if not 0 <= share <= 1 or patch < 1:
+        raise ValueError(f"share is {share}, patch {patch}; allowed: 0 … 1, and 1 or more")
+    height, width = picture.shape[:2]
+    seed = int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest(), "big")
+    black = np.random.default_rng(seed).random((-(-height // patch), -(-width // patch))) < share
+    pixels = black.repeat(patch, axis=0).repeat(patch, axis=1)[:height, :width]
+    return np.where(pixels[..., None], np.uint8(0), picture)

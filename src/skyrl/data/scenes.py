@@ -10,10 +10,12 @@ What is in the picture is known, so every claim about it can be checked exactly 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
+from skyrl.config.ranges import PICTURE_KINDS
 from skyrl.types import DataError, Prompt
 
 GRID = 2
@@ -24,7 +26,6 @@ SCENE_PIXELS = GRID * DIGIT_PIXELS
 HELD_OUT_SHARE = 0.2
 FORM = " Use <think></think><answer></answer>."
 """Asks for the reasoning form that the format reward checks."""
-PICTURE_KINDS = ("sum", "max", "min", "count", "row_difference")
 TEXT_KIND = "text_arithmetic"
 ADDING_KINDS = ("sum", "row_difference")
 SMALL = 5
@@ -109,15 +110,21 @@ class DigitScenes:
         size: Number of rows.
         text_share: Share of rows without a picture.
         seed: Seed of the scenes.
+        kinds: Kinds of question about a picture; some of :data:`PICTURE_KINDS`.
 
     Raises:
-        DataError: for an unknown split.
+        DataError: for an unknown split, an unknown kind, or none.
     """
 
-    def __init__(self, split: str, size: int, text_share: float, seed: int) -> None:
+    def __init__(
+        self, split: str, size: int, text_share: float, seed: int, kinds: Sequence[str] = PICTURE_KINDS
+    ) -> None:
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r} of the digit scenes; allowed: {', '.join(SPLITS)}")
+        if not kinds or not set(kinds) <= set(PICTURE_KINDS):
+            raise DataError(f"kinds of question are {list(kinds)}; allowed: one or more of {', '.join(PICTURE_KINDS)}")
         self.split, self.size, self.text_share, self.seed = split, size, text_share, seed
+        self.kinds = tuple(kinds)
 
     def __len__(self) -> int:
         return self.size
@@ -162,7 +169,7 @@ class DigitScenes:
         rng = np.random.default_rng([self.seed, SPLITS[self.split], row])
         if rng.random() < self.text_share:
             return self._text(row, rng), 0
-        kind = PICTURE_KINDS[rng.integers(len(PICTURE_KINDS))]
+        kind = self.kinds[rng.integers(len(self.kinds))]
         grid = rng.integers(0, SMALL if kind in ADDING_KINDS else 10, (GRID, GRID)).tolist()
         # Half of the count questions ask for a digit that is there, else the answer is nearly always 0.
         target = int(grid[rng.integers(GRID)][rng.integers(GRID)] if rng.random() < 0.5 else rng.integers(10))

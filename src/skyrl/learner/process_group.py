@@ -15,10 +15,14 @@ def join_ranks(device: str, rank: int, world_size: int, timeout: float) -> None:
 
     Args:
         device: ``cpu`` or ``cuda``.
-        rank: This rank, 0 … ``world_size`` - 1. The ranks meet at MASTER_ADDR and MASTER_PORT.
+        rank: This rank, 0 … ``world_size`` - 1. The ranks meet at MASTER_ADDR and MASTER_PORT, which a single one does
+            not need.
         world_size: Ranks that will join.
         timeout: Seconds after which a collective call that a peer does not answer is an error.
     """
+    if world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")  # any free one
     # Every rank is a process of its own that sees one device, which is therefore the first.
     os.environ.setdefault("LOCAL_RANK", "0")
     # Otherwise DeepSpeed compiles this C++ op at the first start on a CPU: a minute and a compiler, for an all-reduce

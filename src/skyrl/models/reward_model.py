@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from skyrl.algorithms.reductions import token_logprobs
 from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.types import SampleGroup, SkyrlError
+from skyrl.types import SkyrlError
 
 HEAD_FILE = "reward_head.safetensors"
 LIKELIHOOD_SCALES = (0.1, 1.0, 0.2)
@@ -45,14 +44,26 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: EncodedBatch) -> torch.Tensor:
         """float32 [B]: the head applied to the last real token of each row (and the likelihoods)."""
-        hidden = self.model.base_model(
+        return self.judge(self.features(self.states(batch), batch))
+
+    def states(self, batch: EncodedBatch) -> torch.Tensor:
+        """[B, L, H]: the body's last hidden states."""
+        return self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.pictures
         ).last_hidden_state
+
+    def features(self, hidden: torch.Tensor, batch: EncodedBatch) -> torch.Tensor:
+        """[B, H or H + 3]: what the head reads of states [B, L, H]. Columns before the last one ahead of an answer are
+        not looked at, so ``batch`` may be whole rows or rows that begin with the prompt's last token."""
         last = batch.attention_mask.sum(1) - 1
         pooled = hidden[torch.arange(len(last), device=hidden.device), last]
         if self.likelihood:
             pooled = torch.cat([pooled, self._likelihoods(hidden, batch).to(pooled.dtype)], dim=1)
-        return self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
+        return pooled
+
+    def judge(self, features: torch.Tensor) -> torch.Tensor:
+        """float32 [B]: the head applied to :meth:`features`."""
+        return self.head(features.to(self.head.weight.dtype)).squeeze(-1).float()
 
     def _likelihoods(self, hidden: torch.Tensor, batch: EncodedBatch) -> torch.Tensor:
         """[B, 3]: scaled sum, mean and minimum of the answer's token log-probabilities."""
@@ -88,44 +99,3 @@ class RewardModel(nn.Module):
         reward_model = cls(model, PromptEncoder.from_pretrained(folder), likelihood)
         reward_model.head.load_state_dict(weights)
         return reward_model.eval()
-
-
-class GroupScorer:
-    """Scores all samples of groups in length-sorted batches; what the reward worker calls.
-
-    Args:
-        reward_model: Model on its device.
-        batch_size: Samples per forward pass.
-        policy_encoder: Encoder of the policy, whose token ids the samples carry. If the reward model's tokenizer
-            is another one, the answers are encoded again from their text.
-    """
-
-    def __init__(self, reward_model: RewardModel, batch_size: int, policy_encoder: PromptEncoder) -> None:
-        self.reward_model = reward_model
-        self.batch_size = batch_size
-        own, policy = reward_model.encoder.tokenizer.get_vocab(), policy_encoder.tokenizer.get_vocab()
-        self.same_tokens = own == policy
-        self.device = next(reward_model.parameters()).device
-
-    @torch.no_grad()
-    def score(self, groups: list[SampleGroup]) -> list[np.ndarray]:
-        """Raw scores, one float64 array [G] per group."""
-        rows = [self._row(group, i) for group in groups for i in range(len(group.samples))]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]) + len(rows[i][2]))
-        scores = np.empty(len(rows))
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            batch = self.reward_model.encoder.collate([rows[i] for i in part]).to(self.device)
-            scores[part] = self.reward_model(batch).cpu().numpy()
-        ends = np.cumsum([len(group.samples) for group in groups])
-        return [scores[end - len(group.samples) : end] for group, end in zip(groups, ends, strict=True)]
-
-    def _row(self, group: SampleGroup, index: int) -> Any:
-        sample = group.samples[index]
-        if self.same_tokens:
-            return group.prompt, self.reward_model.encoder.encode(group.prompt)[0], sample.token_ids
-        encoder = self.reward_model.encoder
-        ids = encoder.tokenizer(sample.text, add_special_tokens=False)["input_ids"]
-        if not sample.truncated:  # as in the policy's own ids
-            ids = [*ids, encoder.tokenizer.eos_token_id]
-        return group.prompt, encoder.encode(group.prompt)[0], np.asarray(ids, dtype=np.int32)

@@ -30,17 +30,51 @@ class MetricInfo:
 
 _M = MetricInfo
 
+
+def _threshold(prefix: str, what: str) -> dict[str, MetricInfo]:
+    """The metrics of one calibrated threshold τ."""
+    return {
+        f"{prefix}/tau": _M("-", f"τ on {what}, raw reward-model units; absent while nothing passes."),
+        f"{prefix}/closed": _M("-", "1 while no τ keeps the risk under its target, so that nothing passes, else 0."),
+        f"{prefix}/labelled": _M("samples", "Candidates in the calibration window whose facts are known."),
+        f"{prefix}/acceptance": _M("share", "Candidates at or above τ, of the window."),
+        f"{prefix}/risk": _M("share", "Hallucinating ones, of the labelled candidates at or above τ."),
+        f"{prefix}/risk_bound": _M("share", "Upper confidence bound of that share (Clopper-Pearson)."),
+    }
+
+
 METRICS: dict[str, MetricInfo] = {
     # ---- loss
     "loss/total": _M("-", "The value that is minimised: the GRPO and MPO terms, each times its weight, summed."),
-    "loss/grpo": _M("-", "Clipped GRPO term before its weight, averaged as `algorithm.grpo.aggregation` says."),
+    "loss/grpo": _M(
+        "-", "GRPO surrogate (with its KL penalty) before its weight, averaged as `algorithm.grpo.aggregation` says."
+    ),
     "loss/mpo": _M("-", "MPO term before its weight: preference, quality and generation terms, each times its own."),
     "loss/preference": _M("nats", "DPO term before its weight, mean over the preference pairs of the step."),
     "loss/quality": _M("nats", "BCO term before its weight, mean over the preference pairs of the step."),
     "loss/generation": _M("nats", "Negative log-likelihood of the chosen answers before its weight, mean over pairs."),
     # ---- grpo
-    "grpo/clip_fraction": _M("share", "Answer tokens whose gradient the clip cuts off, of the step's GRPO tokens."),
-    "grpo/ratio_mean": _M("-", "Mean over GRPO tokens of the probability ratio of learner to sampling policy."),
+    "grpo/clip_fraction": _M("share", "Answer tokens where the clip decides, of the step's GRPO tokens."),
+    "grpo/dual_clip_fraction": _M(
+        "share",
+        "Answer tokens with a negative advantage whose objective the dual clip holds, of the step's GRPO tokens.",
+    ),
+    "grpo/masked_fraction": _M(
+        "share",
+        "Answer tokens left out because learner and sampling policy disagree too much, of the step's GRPO tokens.",
+    ),
+    "grpo/truncated_fraction": _M(
+        "share", "Answer tokens whose mismatch weight was cut to the cap, of the step's GRPO tokens."
+    ),
+    "grpo/mismatch_mean": _M(
+        "-",
+        "Mean over GRPO tokens of the probability ratio of the policy at the start of the step to the sampling policy.",
+    ),
+    "grpo/ratio_mean": _M(
+        "-",
+        "Mean over GRPO tokens of the ratio that the surrogate uses, learner to sampling policy; 1 by construction "
+        "with a mismatch correction.",
+    ),
     "grpo/ratio_max": _M("-", "Largest such ratio over the GRPO tokens of the step."),
     "grpo/kl_behaviour": _M("nats", "KL divergence of learner and sampling policy (k3), mean over GRPO tokens."),
     "grpo/kl_reference": _M("nats", "KL divergence of learner and reference policy (k3), mean over GRPO tokens."),
@@ -50,6 +84,10 @@ METRICS: dict[str, MetricInfo] = {
     "mpo/chosen_reward": _M("nats", "Implicit reward beta·log(policy/reference) of chosen answers, mean over pairs."),
     "mpo/rejected_reward": _M("nats", "The same implicit reward of the rejected answers, mean over pairs."),
     "mpo/pairs": _M("pairs", "Preference pairs trained on in the step."),
+    "mpo/kl_reference": _M(
+        "nats", "KL divergence of learner and reference policy (k3), mean over the answer tokens of the pairs."
+    ),
+    "mpo/reference_age": _M("steps", "Steps since the reference became the policy, before this step (iterated MPO)."),
     "mpo/delta": _M("nats", "BCO's reward shift: the running mean of the implicit rewards that its term subtracts."),
     # ---- learner
     "learner/grad_norm": _M("-", "L2 norm of the whole gradient before clipping."),
@@ -74,6 +112,9 @@ METRICS: dict[str, MetricInfo] = {
     # ---- response
     "response/length_mean": _M("tokens", "Length of an answer, mean over the answers sampled in the step."),
     "response/truncated_share": _M("share", "Answers that the length limit ended, of all answers sampled in the step."),
+    "response/repetition": _M(
+        "share", "Token 4-grams that occurred before in the same answer, mean over the step's answers."
+    ),
     # ---- hallucination
     "hallucination/rate": _M(
         "share",
@@ -85,6 +126,12 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "hallucination/coverage": _M(
         "share", "Answers with at least one checkable claim, of the answers to prompts whose picture has known facts."
+    ),
+    # ---- thresholds
+    **_threshold("threshold", "the reward-model margin of a preference pair"),
+    **_threshold("gate", "the reward-model score of answers that are right by the rule"),
+    "gate/withheld_share": _M(
+        "share", "Answers right by the rule whose reinforcement the gate withheld, of the step's right answers."
     ),
     # ---- buffer
     "buffer/effective_share_fresh": _M(
@@ -115,6 +162,7 @@ METRICS: dict[str, MetricInfo] = {
     # ---- time and throughput
     "time/rollout": _M("s", "Wall time of sampling in the step."),
     "time/reward": _M("s", "Wall time of scoring in the step."),
+    "time/blind": _M("s", "Wall time of continuing chosen answers without the picture in the step (DropoutNTP)."),
     "time/buffer": _M("s", "Wall time of the buffer's exchange in the step."),
     "time/learner": _M("s", "Wall time of the learner in the step."),
     "time/sync": _M("s", "Wall time of the weight sync in the step."),
@@ -130,6 +178,7 @@ METRICS: dict[str, MetricInfo] = {
         "Greedy answers with at least one false claim about the picture, of the evaluation prompts whose picture has "
         "known facts.",
     ),
+    "eval/hallucination/<kind>": _M("share", "The same for the evaluation prompts of one kind."),
     "eval/false_claim_share": _M("share", "False claims, of all checkable claims in the greedy answers (CHAIR_i)."),
     "eval/coverage": _M(
         "share", "Greedy answers with at least one checkable claim, of the evaluation prompts with known facts."
@@ -138,6 +187,30 @@ METRICS: dict[str, MetricInfo] = {
     "eval/truncated_share": _M("share", "Greedy answers that the length limit ended, of the evaluation prompts."),
     "eval/reward_model": _M("-", "Raw score of the reward model, mean over the scored evaluation prompts."),
     "eval/errors": _M("answers", "Greedy answers that could not be scored."),
+    "eval/repetition": _M("share", "Token 4-grams that occurred before in the same greedy answer, mean over answers."),
+    "eval/gate_rejected": _M(
+        "share",
+        "Right answers that the reward model scores below the gate, of the right answers with such a score.",
+    ),
+    "eval/gate_hallucination_rejected": _M(
+        "share", "Answers with a false claim, of the right ones below the gate whose picture has known facts."
+    ),
+    "eval/gate_hallucination_accepted": _M(
+        "share", "Answers with a false claim, of the right ones at or above the gate whose picture has known facts."
+    ),
+    "eval/denial": _M("share", "Answers that deny seeing a picture, of the answers to prompts with a picture."),
+    "eval/blind_agreement": _M(
+        "share", "Prompts whose extracted answer is the same with and without the picture, of the blind prompts."
+    ),
+    "eval/blind_accuracy": _M("share", "Right answers without the picture, of the prompts scored both times."),
+    "eval/blind_accuracy_drop": _M("-", "Accuracy with minus accuracy without the picture, on the same prompts."),
+    "eval/blind_prompts": _M("prompts", "Evaluation prompts asked again without their picture."),
+    "eval/picture_drop": _M(
+        "nats",
+        "Log-probability of the greedy answers with the picture minus with most of it blackened, mean over tokens.",
+    ),
+    "eval/probe_seconds": _M("s", "Wall time of the image-blind and the masked-picture probe, a part of eval/seconds."),
+    "eval/own/<name>": _M("-", "Metric of a monitor that a plug-in registered."),
     "eval/seconds": _M("s", "Wall time of the evaluation."),
 }
 

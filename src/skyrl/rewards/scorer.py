@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from skyrl.algorithms.advantages import group_advantages
-from skyrl.algorithms.hallucination import check_claims, hallucination_rates
+from skyrl.algorithms.hallucination import HallucinationRates, check_claims, hallucination_rates
+from skyrl.algorithms.repetition import repeated_share
 from skyrl.config import RewardConfig, Std
 from skyrl.interfaces import Metrics, flatten
 from skyrl.rewards.format import extract_answer, format_reward
@@ -111,7 +112,7 @@ class RewardScorer:
 def _count_claims(prompt: Prompt, sample: Sample) -> None:
     """Fill ``claims`` and ``false_claims``; without a picture or without facts nothing can be checked."""
     sample.claims = sample.false_claims = 0
-    if not (prompt.images and prompt.facts):
+    if not has_facts(prompt):
         return
     try:
         claims = check_claims(sample.text, prompt.facts)
@@ -122,19 +123,30 @@ def _count_claims(prompt: Prompt, sample: Sample) -> None:
 
 
 def reward_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metrics:
+    """Means over a list of scored groups: those of :func:`answer_metrics`, and the claims about pictures.
+
+    ``hallucination/rate`` (CHAIR_s), ``.../false_claim_share`` (CHAIR_i) and ``.../coverage`` are over all samples
+    whose prompt has a picture and known facts; ``nan`` without such prompts.
+    """
+    rates = claim_rates(groups)
+    return answer_metrics(groups, prefix) | {
+        "hallucination/rate": rates.chair_s,
+        "hallucination/false_claim_share": rates.chair_i,
+        "hallucination/coverage": rates.coverage,
+    }
+
+
+def answer_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metrics:
     """Means over a list of scored groups.
 
     Keys: ``total``, ``rule``, ``format``, ``model`` and ``accuracy`` (full rule score) are means over the samples
-    without an error, ``errors`` counts the others; these six carry ``prefix``. ``response/length_mean`` (tokens) and
-    ``response/truncated_share`` are over all samples. ``hallucination/rate`` (CHAIR_s), ``.../false_claim_share``
-    (CHAIR_i) and ``.../coverage`` are over all samples whose prompt has a picture and known facts.
+    without an error, ``errors`` counts the others; these six carry ``prefix``. ``response/length_mean`` (tokens),
+    ``response/truncated_share`` and ``response/repetition`` (share of repeated token 4-grams) are over all samples.
 
-    A mean over nothing is ``nan``: all of ``hallucination/`` without such prompts, ``model`` without a reward model.
+    A mean over nothing is ``nan``: ``model`` without a reward model, all but ``errors`` without samples.
     """
     samples = flatten(groups)
     rewards = [sample.reward for sample in samples if sample.reward is not None]
-    pictured = flatten([group for group in groups if group.prompt.images and group.prompt.facts])
-    rates = hallucination_rates([(sample.claims, sample.false_claims) for sample in pictured])
     return {
         f"{prefix}total": _mean([reward.total for reward in rewards]),
         f"{prefix}rule": _mean([reward.rule for reward in rewards]),
@@ -144,10 +156,19 @@ def reward_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metric
         f"{prefix}accuracy": _mean([float(reward.rule >= 1.0) for reward in rewards]),
         "response/length_mean": _mean([len(sample.token_ids) for sample in samples]),
         "response/truncated_share": _mean([float(sample.truncated) for sample in samples]),
-        "hallucination/rate": rates.chair_s,
-        "hallucination/false_claim_share": rates.chair_i,
-        "hallucination/coverage": rates.coverage,
+        "response/repetition": _mean([repeated_share(sample.token_ids) for sample in samples]),
     }
+
+
+def claim_rates(groups: list[SampleGroup]) -> HallucinationRates:
+    """Rates of false claims over the samples of scored groups whose prompt has a picture and known facts."""
+    samples = flatten([group for group in groups if has_facts(group.prompt)])
+    return hallucination_rates([(sample.claims, sample.false_claims) for sample in samples])
+
+
+def has_facts(prompt: Prompt) -> bool:
+    """True if claims about the prompt's picture can be checked."""
+    return bool(prompt.images and prompt.facts)
 
 
 def _mean(values: list[float] | list[int]) -> float:

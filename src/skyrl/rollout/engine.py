@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,30 @@ def sample_seed(run_seed: int, step: int, prompt_id: str) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
+def blind_prompt(prompt: Prompt) -> Prompt:
+    """The same question without the picture, under an id of its own, because caches go by id."""
+    return replace(prompt, id=f"{prompt.id}#blind", images=())
+
+
+def best_answer(samples: list[Sample]) -> int | None:
+    """Place of the answer with the highest r_θ that ended by itself and can be cut in two; without a reward model, of
+    the highest rule score. Among equals the first. ``None`` if there is no such answer."""
+    usable = [
+        (place, sample.reward)
+        for place, sample in enumerate(samples)
+        if sample.error is None and sample.reward is not None and not sample.truncated and len(sample.token_ids) > 1
+    ]
+    if not usable:
+        return None
+    with_model = not any(np.isnan(reward.model) for _, reward in usable)
+    return max(usable, key=lambda one: one[1].model if with_model else one[1].rule)[0]
+
+
+def first_half(token_ids: np.ndarray) -> np.ndarray:
+    """The first ⌊T/2⌋ of T ≥ 2 tokens: at least one is kept and one left out."""
+    return token_ids[: len(token_ids) // 2]
+
+
 class VllmRolloutEngine:
     """Samples groups of answers with vLLM and takes new weights through its weight-transfer API.
 
@@ -52,7 +77,7 @@ class VllmRolloutEngine:
     # ------------------------------------------------------------ sampling
 
     def generate(self, request: RolloutRequest) -> list[SampleGroup]:
-        """One group per requested row, in the order of the rows.
+        """One group per requested row, in the order of the rows; a blind request leaves out rows without pictures.
 
         Raises:
             DataError: for an unknown split, or a prompt longer than ``rollout.max_prompt_tokens``.
@@ -60,7 +85,62 @@ class VllmRolloutEngine:
         if request.split not in self.datasets:
             raise DataError(f"unknown split {request.split!r}; this worker has: {', '.join(self.datasets)}")
         prompts = [self.datasets[request.split][row] for row in request.rows]
+        if request.blind:
+            prompts = [blind_prompt(prompt) for prompt in prompts if prompt.images]
         return self._sample(prompts, request, self.cfg.rollout.max_new_tokens, self.cfg.rollout.top_p)
+
+    def continue_blind(self, groups: list[SampleGroup], step: int) -> list[SampleGroup]:
+        """Fill ``SampleGroup.blind`` in place: the best answer's first half, continued without the picture.
+
+        DropoutNTP of InternVL's MPO: a continuation that can't look any more tends to make things up, which makes it
+        the rejected answer of a pair whose chosen one is the whole answer. Groups without a picture, or without an
+        answer that can be cut, keep ``blind=None``.
+
+        Args:
+            groups: Scored groups.
+            step: Number of the step; the continuation's seed is derived from it.
+
+        Returns:
+            ``groups`` itself.
+
+        Raises:
+            DataError: for a prompt longer than ``rollout.max_prompt_tokens``.
+        """
+        rollout = self.cfg.rollout
+        request = RolloutRequest("train", (), step, 1, False, self.cfg.controller.seed)
+        cuts: list[tuple[SampleGroup, int]] = []
+        inputs, params = [], []
+        for group in groups:
+            group.blind = None
+            place = best_answer(group.samples) if group.prompt.images else None
+            if place is None:
+                continue
+            cuts.append((group, place))
+            prompt, kept = blind_prompt(group.prompt), first_half(group.samples[place].token_ids)
+            inputs.append({"prompt_token_ids": [*self.input(prompt)["prompt_token_ids"], *kept.tolist()]})
+            params.append(self.params(prompt, request, rollout.max_new_tokens - len(kept), rollout.top_p))
+        outputs = self.llm.generate(inputs, params, use_tqdm=False) if inputs else []
+        for (group, place), output in zip(cuts, outputs, strict=True):
+            group.blind = (place, self._continued(group.samples, place, output.outputs[0]))
+        return groups
+
+    def _continued(self, samples: list[Sample], place: int, completion: Any) -> Sample:
+        kept = first_half(samples[place].token_ids)
+        ids = np.concatenate([kept, np.asarray(completion.token_ids, dtype=np.int32)])
+        truncated = completion.finish_reason == "length"
+        spoken = ids if truncated else ids[:-1]  # without the end of sequence
+        return Sample(
+            index=len(samples),
+            token_ids=ids,
+            # The first half was drawn with the picture and the second without: no distribution gave the whole.
+            logprobs=np.full(len(ids), np.nan, dtype=np.float32),
+            # As vLLM decodes, but for a character that the end cuts in two: no special tokens, blanks as they are.
+            text=self.encoder.tokenizer.decode(
+                spoken.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ),
+            truncated=truncated,
+            policy_version=self.version,
+        )
 
     def probe(self) -> list[SampleGroup]:
         """Short sampled answers to the first evaluation prompts, seeded by the policy version."""
@@ -74,6 +154,8 @@ class VllmRolloutEngine:
     def _sample(
         self, prompts: list[Prompt], request: RolloutRequest, max_new_tokens: int, top_p: float
     ) -> list[SampleGroup]:
+        if not prompts:
+            return []
         inputs = [self.input(prompt) for prompt in prompts]
         params = [self.params(prompt, request, max_new_tokens, top_p) for prompt in prompts]
         outputs = self.llm.generate(inputs, params, use_tqdm=False)

@@ -1,9 +1,4 @@
-"""Every setting, with its default, its meaning and its limits. Imports neither torch, ray nor vllm.
-
-Defaults stand here and nowhere else; the YAML files in ``conf/`` hold only what differs from them.
-``launch.py`` turns Hydra's tree into :class:`Config` once, calls :func:`skyrl.validation.validate`, and
-hands the dataclass on: no ``DictConfig`` lives beyond that.
-"""
+"""Settings of the workers: model, data, rollout, reward, learner."""
 
 from __future__ import annotations
 
@@ -22,33 +17,6 @@ class Squash(Enum):
     """tanh(score / scale), in (-1, 1)."""
     group_standardise = "group_standardise"
     """(score - group mean) / (group std + 1e-6)."""
-
-
-class Std(Enum):
-    """Divisor of the group advantage."""
-
-    population = "population"
-    sample = "sample"
-    none = "none"
-    """No division (Dr. GRPO)."""
-
-
-class Aggregation(Enum):
-    """How token terms become one loss."""
-
-    sample = "sample"
-    """Mean over a sample's tokens, then over samples (Eq. 8)."""
-    token = "token"
-    """Mean over all tokens of the step."""
-
-
-class GrpoFilter(Enum):
-    """Which fresh samples the GRPO term sees."""
-
-    effective = "effective"
-    """Those whose rule advantage is not 0."""
-    all = "all"
-    """Every scored sample: in groups that are all right or all wrong the reward model alone speaks."""
 
 
 class Schedule(Enum):
@@ -72,14 +40,6 @@ class WeightSync(Enum):
     """skyrl's own, for CPU: Ray's object store, zero-copy on one host."""
     nccl = "nccl"
     ipc = "ipc"
-
-
-class WandbMode(Enum):
-    auto = "auto"
-    """Online when logged in, else offline."""
-    online = "online"
-    offline = "offline"
-    off = "off"
 
 
 @dataclass
@@ -116,8 +76,21 @@ class DataConfig:
     """Held-out prompts evaluated each time."""
     text_share: float = 0.15
     """Share of digit prompts that are arithmetic without a picture."""
+    kinds: list[str] = field(default_factory=lambda: ["sum", "max", "min", "count", "row_difference"])
+    """Questions about pictures. With ``max``, ``min`` and ``count`` alone a right answer does not need every digit
+    read right, so a reward for the answer alone leaves room to hallucinate."""
     seed: int = 0
     """Seed of the scenes and of the shuffling."""
+    pool_path: str | None = None
+    """Parquet file written by ``python -m skyrl.filter_prompts``: only its prompts are trained on."""
+    pool_min: float = 0.0
+    """A prompt of the pool is used if its pass rate is above this …"""
+    pool_max: float = 1.0
+    """… and below this. The defaults keep what is neither always wrong nor always right."""
+    pairs_path: str | None = None
+    """Parquet file of preference pairs: offline MPO, without sampling (docs/data.md). Needs ``algorithm.stage=mpo``."""
+    pairs_per_step: int = 32
+    """Pairs of a step of offline MPO."""
 
 
 @dataclass
@@ -189,65 +162,6 @@ class RewardConfig:
 
 
 @dataclass
-class BufferConfig:
-    enabled: bool = True
-    """False turns the Selective Sample Buffer off: only fresh samples are trained on."""
-    capacity: int = 4096
-    """Samples kept; the oldest go first."""
-    max_age: int = 8
-    """Policy versions after which a sample is no longer drawn and is dropped."""
-    alpha: float = 1.0
-    """P ∝ |A|^alpha."""
-    mix: float = 0.25
-    """Largest share of the rollout batch that replayed samples may fill; they only take places that
-    ineffective fresh samples leave free."""
-    importance_correction: bool = False
-    """Weight a drawn sample by 1/(N·P), normalised to mean 1."""
-
-
-@dataclass
-class GrpoConfig:
-    weight: float = 1.0
-    """0 turns the GRPO term off."""
-    clip_low: float = 0.2
-    """ε below 1: the ratio is clipped at 1 - clip_low."""
-    clip_high: float = 0.2
-    """ε above 1: the ratio is clipped at 1 + clip_high."""
-    std: Std = Std.population
-    """Divisor of the advantage."""
-    aggregation: Aggregation = Aggregation.sample
-    """From token terms to one loss."""
-    filter: GrpoFilter = GrpoFilter.effective
-    """Fresh samples that the term sees."""
-    kl_weight: float = 0.0
-    """Weight of the k3 penalty to the reference policy; Eq. 8 has none."""
-
-
-@dataclass
-class MpoConfig:
-    weight: float = 0.25
-    """Multiplies the whole MPO term; 0 turns it off."""
-    preference_weight: float = 0.8
-    """w1, DPO."""
-    quality_weight: float = 0.2
-    """w2, BCO."""
-    generation_weight: float = 1.0
-    """w3, negative log-likelihood of the chosen answer."""
-    beta: float = 0.1
-    """β of DPO and BCO."""
-    margin_threshold: float = 2.0
-    """τ: a pair needs r_θ(chosen) − r_θ(rejected) ≥ τ, in raw reward-model units."""
-    pairs_per_prompt: int = 1
-    """Most pairs formed in one group; a sample is in one pair at most."""
-
-
-@dataclass
-class AlgorithmConfig:
-    grpo: GrpoConfig = field(default_factory=GrpoConfig)
-    mpo: MpoConfig = field(default_factory=MpoConfig)
-
-
-@dataclass
 class LearnerConfig:
     num_workers: int = 1
     """Ranks, one DeepSpeed engine each."""
@@ -284,81 +198,3 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         first, second = self.betas  # YAML has lists only
         self.betas = (first, second)
-
-
-@dataclass
-class EvaluationConfig:
-    every: int = 10
-    """Steps between evaluations; there is always one before the first step and one after the last.
-    0 leaves only those two."""
-    gallery: int = 12
-    """Scenes shown in the report, before and after."""
-
-
-@dataclass
-class CheckpointConfig:
-    every: int = 20
-    """Steps between checkpoints; 0 writes none but the final one."""
-    keep: int = 2
-    """Complete checkpoints kept, the newest ones."""
-    export: bool = True
-    """Write the final policy as a Hugging Face folder."""
-
-
-@dataclass
-class ControllerConfig:
-    steps: int = 60
-    """Length of the run."""
-    seed: int = 0
-    """Seed of sampling, replay and initialisation: the same seed and settings repeat a run."""
-    timeout: float = 1800.0
-    """Seconds after which a phase that does not end is an error."""
-
-
-@dataclass
-class ClusterConfig:
-    address: str | None = None
-    """Ray cluster to join; null means ``$RAY_ADDRESS``, and if that is unset a local Ray."""
-    num_cpus: int | None = None
-    """CPUs of a local Ray; null means all cores."""
-    dashboard: bool = True
-    """Start the Ray dashboard with a local Ray."""
-    dashboard_port: int = 8265
-    """Its port; the next free one is taken."""
-    spread: bool = True
-    """Place the workers of one kind on different nodes where possible."""
-
-
-@dataclass
-class MonitoringConfig:
-    console: bool = True
-    """Live table in a terminal; plain lines otherwise."""
-    wandb: WandbMode = WandbMode.auto
-    """Weights & Biases."""
-    wandb_project: str = "skyrl"
-    """Its project."""
-    ray_metrics: bool = True
-    """Gauges for the Ray dashboard and Prometheus."""
-
-
-@dataclass
-class Config:
-    name: str = "digits"
-    """Names the run: its folder, its Ray namespace, its wandb run."""
-    run_dir: str = ""
-    """Folder of everything that a run writes; set by ``conf/config.yaml``. Every host must see it."""
-    resume: str = "no"
-    """``no``, ``auto`` (the newest complete checkpoint of any run of this ``name``; a fresh run if there is none) or
-    the path of a checkpoint folder. A resumed run goes on in its old ``run_dir``."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    buffer: BufferConfig = field(default_factory=BufferConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    controller: ControllerConfig = field(default_factory=ControllerConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)

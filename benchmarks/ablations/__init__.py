@@ -1,0 +1,1 @@
+"""The paper's tables at small scale: ``python -m benchmarks.ablations``."""

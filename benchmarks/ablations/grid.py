@@ -1,0 +1,107 @@
+"""Which runs there are. A method is a list of overrides of the embedded default, so any of them can be repeated with
+``python -m skyrl.launch``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SEEDS = (0, 1, 2)
+
+BASE = (
+    "name=ablation",
+    "rollout.prompts_per_step=32",
+    "controller.steps=50",
+    "evaluation.every=10",
+    "evaluation.gallery=0",
+    "checkpoint.every=0",
+    "checkpoint.export=false",
+    "monitoring=quiet",
+    "controller.timeout=600",
+)
+"""Equal for all runs: 50 steps of 32 prompts x 8 samples = 12,800 rollouts."""
+
+QUICK = (
+    "model.warm_start_steps=60",
+    "model.reward_body_steps=10",
+    "model.reward_steps=4",
+    "rollout.prompts_per_step=4",
+    "rollout.samples_per_prompt=4",
+    "controller.steps=2",
+    "data.eval_size=16",
+    "evaluation.every=1",
+    "hallucination.probe_prompts=4",
+    "learner.warmup_steps=0",
+)
+
+GRPO = ("algorithm=grpo", "buffer=off")
+MPO = ("algorithm=mpo", "buffer=off")
+
+METHODS: dict[str, tuple[str, ...]] = {
+    # Table 2
+    "grpo": GRPO,
+    "grpo_ssb": ("algorithm=grpo",),
+    # Table 3
+    "sft": (*MPO, "algorithm.mpo.preference_weight=0", "algorithm.mpo.quality_weight=0"),
+    "dpo": (
+        *MPO,
+        "algorithm.mpo.preference_weight=1",
+        "algorithm.mpo.quality_weight=0",
+        "algorithm.mpo.generation_weight=0",
+    ),
+    "mpo": MPO,
+    "grpo_rule": (*GRPO, "reward=rule_only"),
+    "mpo_then_grpo": ("algorithm=mpo_then_grpo", "algorithm.mpo_steps=25"),
+    "default": (),
+    # Table 4
+    "grpo_adapter": (*GRPO, "learner.trainable=adapter"),
+    "grpo_language": (*GRPO, "learner.trainable=language_and_adapter"),
+    "grpo_vision": (*GRPO, "learner.trainable=adapter_and_vision"),
+    "mpo_adapter": (*MPO, "learner.trainable=adapter"),
+    "mpo_language": (*MPO, "learner.trainable=language_and_adapter"),
+    "mpo_vision": (*MPO, "learner.trainable=adapter_and_vision"),
+    # Thresholds
+    "mpo_low": (*MPO, "algorithm.mpo.threshold.value=0"),
+    "mpo_high": (*MPO, "algorithm.mpo.threshold.value=6"),
+    "mpo_quantile": (*MPO, "algorithm.mpo.threshold.kind=quantile"),
+    "mpo_risk": (*MPO, "algorithm.mpo.threshold.kind=risk_controlled"),
+}
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "Table 2": ("grpo", "grpo_ssb"),
+    "Table 3": ("sft", "dpo", "mpo", "grpo_rule", "grpo", "mpo_then_grpo", "default"),
+    "Table 4": (
+        *("grpo_adapter", "grpo_language", "grpo_vision", "grpo"),
+        *("mpo_adapter", "mpo_language", "mpo_vision", "mpo"),
+    ),
+    "Thresholds": ("mpo_low", "mpo", "mpo_high", "mpo_quantile", "mpo_risk"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of the grid."""
+
+    method: str
+    seed: int
+    quick: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.method}/{self.seed}"
+
+    def overrides(self) -> list[str]:
+        """Hydra overrides. Sampling and replay follow the seed, and so does the order of the prompts (see the worker);
+        scenes and models are the same for all."""
+        base = [*BASE, *QUICK] if self.quick else [*BASE]
+        return [*base, *METHODS[self.method], f"controller.seed={self.seed}"]
+
+
+def jobs(methods: list[str], seeds: tuple[int, ...], quick: bool) -> list[Job]:
+    """Seed by seed, so that an unfinished grid has whole seeds."""
+    return [Job(method, seed, quick) for seed in seeds for method in methods]
+
+
+Row = dict[str, Any]
+"""One finished run: ``key``, ``method``, ``seed``, ``overrides``, ``commit``, ``seconds``, ``evaluations`` (a list of
+metric dictionaries with ``step``), ``steps`` (a list of small dictionaries per training step)."""

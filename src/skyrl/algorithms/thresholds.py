@@ -1,0 +1,208 @@
+"""Calibrated thresholds on reward-model scores and margins: what passes, and how often that is a hallucination.
+
+A *candidate* is something that a threshold τ may let pass (an answer that is right by the rule; a preference pair),
+with its score and, where facts about the picture are known, whether it is *bad*: it says something false. It passes if
+its score is at least τ. Numpy and scipy only: the buffer needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import betaincinv
+
+from skyrl.config import ThresholdConfig, ThresholdKind
+from skyrl.interfaces import Metrics
+
+LEVELS = 20
+"""The candidate thresholds of :func:`risk_controlled` let 2/20, 3/20, … 20/20 of the samples pass. The first level is
+not 1/20: one bad sample among very few would end the search at its start."""
+
+
+def clopper_pearson_upper(bad: int, total: int, confidence: float) -> float:
+    """Exact one-sided upper bound of a binomial share (Clopper and Pearson 1934).
+
+    The share at which ``bad`` or fewer of ``total`` have probability 1 − confidence: the confidence-quantile of
+    Beta(bad + 1, total − bad). For bad = 0 that is 1 − (1 − confidence)^(1/total).
+
+    Returns:
+        A share in (0, 1]; 1.0 if ``total`` is 0 or all are bad.
+
+    Raises:
+        ValueError: unless 0 ≤ bad ≤ total and 0 < confidence < 1.
+    """
+    if not 0 <= bad <= total or not 0 < confidence < 1:
+        raise ValueError(
+            f"bad={bad}, total={total}, confidence={confidence}; allowed: 0 <= bad <= total, 0 < confidence < 1"
+        )
+    return 1.0 if bad == total else float(betaincinv(bad + 1, total - bad, confidence))
+
+
+def risk_controlled(scores: ArrayLike, bad: ArrayLike, target_risk: float, confidence: float) -> float | None:
+    """The smallest threshold at which the share of bad ones among those that pass is at most ``target_risk``.
+
+    Fixed-sequence testing as in Learn then Test (Angelopoulos et al., arXiv 2110.01052). A fixed list of thresholds
+    is gone through from the highest down. At each one the null hypothesis "more than ``target_risk`` of what passes
+    is bad" is rejected if the Clopper-Pearson bound is at most ``target_risk``; the first that is not rejected ends the
+    walk, and the last rejected one is returned. Let the first true null of the list be the one at τ*. A threshold that
+    is too low is returned only if the walk passes τ*, so only if that single test errs, which it does with a
+    probability of at most 1 − confidence. No correction for the number of tests is needed.
+
+    The list must not depend on the labels, and it doesn't: it holds scores, so that given levels of the samples pass
+    (:data:`LEVELS`), the first with at least so many samples that none bad among them would be enough,
+    1 − (1 − confidence)^(1/n) < target_risk. Given the scores the list is fixed, and only the labels are random:
+    independent draws with P(bad | score). The share that the statement is about is the mean of P(bad | score) over the
+    samples that pass; the sum of such draws has lighter tails than the binomial with the same mean (Hoeffding 1956),
+    so the bound still holds (for a confidence of at least 0.6). Only the order of the scores matters.
+
+    Args:
+        scores: [N], finite. Higher is better.
+        bad: [N] of bool or 0/1.
+        target_risk: in (0, 1).
+        confidence: in (0, 1).
+
+    Returns:
+        One of ``scores``, or ``None`` if not even the first threshold passes its test: also if there are too few
+        samples, since no bound over n < log(1 − confidence) / log(1 − target_risk) samples is below the target.
+
+    Raises:
+        ValueError: for shapes, scores, labels or levels other than these.
+    """
+    values, labels = _checked(scores, bad, unknown=False)
+    if not (0 < target_risk < 1 and 0 < confidence < 1):
+        raise ValueError(f"target_risk={target_risk}, confidence={confidence}; allowed: above 0 and below 1")
+    total = len(values)
+    order = np.argsort(-values, kind="stable")
+    values, bad_above = values[order], np.cumsum(labels[order])
+    # Strictly more than the limit, so that no rounding of the bound can end the walk at its start.
+    fewest = math.floor(math.log1p(-confidence) / math.log1p(-target_risk) + 1e-9) + 1
+    counts = [max(fewest, math.ceil(level * total / LEVELS)) for level in range(2, LEVELS + 1)]
+    found = None
+    for count in sorted(set(counts)):
+        if count > total:
+            break
+        tau = float(values[count - 1])
+        passing = int(np.searchsorted(-values, -tau, side="right"))  # samples of equal score pass together
+        if clopper_pearson_upper(int(bad_above[passing - 1]), passing, confidence) > target_risk:
+            break
+        found = tau
+    return found
+
+
+class Threshold:
+    """A threshold with its window of the candidates seen last, and its state.
+
+    In each step: :meth:`calibrate`, use :attr:`value`, :meth:`observe` *all* candidates, also those that did not pass:
+    a threshold that saw only what it let pass could never come down again.
+    """
+
+    def __init__(self, cfg: ThresholdConfig) -> None:
+        self.cfg = cfg
+        self.value = -math.inf if cfg.kind is ThresholdKind.off else cfg.value
+        """τ. −inf: everything passes (``off``); +inf: nothing does (``risk_controlled`` found no threshold)."""
+        self._scores: deque[float] = deque(maxlen=cfg.window)
+        self._bad: deque[float] = deque(maxlen=cfg.window)
+
+    def observe(self, scores: ArrayLike, bad: ArrayLike) -> None:
+        """Append candidates; the oldest beyond ``cfg.window`` are forgotten.
+
+        Args:
+            scores: [N], finite.
+            bad: [N] of bool, or of 0, 1 and ``nan`` for a candidate without known facts. ``risk_controlled`` has no use
+                for the unknown ones and skips them; the others look at their scores.
+
+        Raises:
+            ValueError: for other shapes or values.
+        """
+        values, labels = _checked(scores, bad, unknown=True)
+        if self.cfg.kind is ThresholdKind.risk_controlled:
+            known = ~np.isnan(labels)
+            values, labels = values[known], labels[known]
+        self._scores.extend(values.tolist())
+        self._bad.extend(labels.tolist())
+
+    def calibrate(self, step: int) -> bool:
+        """Set τ anew if ``kind`` says so, the step is due (1 + every, 1 + 2·every, …) and the window holds
+        ``min_labelled`` candidates.
+
+        Returns:
+            Whether τ was calculated (it may have come out the same).
+        """
+        cfg = self.cfg
+        due = step > 1 and (step - 1) % cfg.every == 0
+        if not due or len(self._scores) < cfg.min_labelled:
+            return False
+        if cfg.kind is ThresholdKind.quantile:
+            self.value = float(np.quantile(self._scores, cfg.quantile))
+        elif cfg.kind is ThresholdKind.risk_controlled:
+            found = risk_controlled(self._scores, self._bad, cfg.target_risk, cfg.confidence)
+            self.value = math.inf if found is None else found
+        else:
+            return False
+        return True
+
+    def metrics(self, prefix: str = "threshold/") -> Metrics:
+        """What is defined of: ``tau`` (a finite one), ``closed`` (``risk_controlled`` only: 1.0 if nothing passes),
+        ``labelled`` (candidates of the window with a label), ``acceptance`` (share of the window that passes),
+        ``risk`` (share of bad ones among the labelled that pass, ``nan`` if none does) and ``risk_bound`` (its upper
+        bound at ``cfg.confidence``, 1.0 if none does). The last three are of the window as it is now, which also holds
+        what came after the last calibration.
+        """
+        values, labels = np.array(self._scores), np.array(self._bad)
+        known = ~np.isnan(labels)
+        metrics: Metrics = {f"{prefix}labelled": float(known.sum())}
+        if math.isfinite(self.value):
+            metrics[f"{prefix}tau"] = self.value
+        if self.cfg.kind is ThresholdKind.risk_controlled:
+            metrics[f"{prefix}closed"] = float(self.value == math.inf)
+        if len(values):
+            metrics[f"{prefix}acceptance"] = float(np.mean(values >= self.value))
+        if known.any():
+            passing = labels[known & (values >= self.value)]
+            bad, total = int(passing.sum()), len(passing)
+            metrics[f"{prefix}risk"] = bad / total if total else math.nan
+            metrics[f"{prefix}risk_bound"] = clopper_pearson_upper(bad, total, self.cfg.confidence)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Strict JSON: ``None`` stands for τ = ±inf and for an unknown label."""
+        return {
+            "kind": self.cfg.kind.value,
+            "value": self.value if math.isfinite(self.value) else None,
+            "scores": list(self._scores),
+            "bad": [None if math.isnan(label) else int(label) for label in self._bad],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved window, cut to the newest ``cfg.window``, and the calibrated τ.
+
+        A resumed run may have other settings: τ is taken over only if the kind is the same and is a calibrated one;
+        else it starts as the settings say.
+
+        Raises:
+            ValueError: if the window is broken.
+        """
+        self._scores.clear()
+        self._bad.clear()
+        self.observe(state["scores"], [math.nan if label is None else label for label in state["bad"]])
+        calibrated = self.cfg.kind in (ThresholdKind.quantile, ThresholdKind.risk_controlled)
+        if calibrated and state["kind"] == self.cfg.kind.value:
+            self.value = math.inf if state["value"] is None else state["value"]
+
+
+def _checked(scores: ArrayLike, bad: ArrayLike, *, unknown: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 [N]; ``nan`` is a label only where ``unknown`` allows it."""
+    values, labels = np.asarray(scores, dtype=np.float64), np.asarray(bad, dtype=np.float64)
+    if values.ndim != 1 or values.shape != labels.shape:
+        raise ValueError(f"scores have shape {values.shape}, bad {labels.shape}; allowed: [N] and [N]")
+    if not np.isfinite(values).all():
+        raise ValueError(f"scores hold {values[~np.isfinite(values)].tolist()}; allowed: finite")
+    allowed = (labels == 0) | (labels == 1) | (np.isnan(labels) & unknown)
+    if not allowed.all():
+        words = "0, 1 or nan" if unknown else "0 or 1"
+        raise ValueError(f"bad holds {labels[~allowed].tolist()}; allowed: {words}")
+    return values, labels

@@ -1,0 +1,201 @@
+"""Your own preference pairs, from a Parquet file, for offline MPO; ``docs/data.md`` has an example.
+
+Text is checked completely when the file is opened, pictures are decoded when their row is asked for. Check those too,
+before a long run, with::
+
+    python -m skyrl.data.preference_pairs FILE…
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skyrl.data.parquet_schema import NUMBER, PICTURES, TEXT, short, where
+from skyrl.data.parquet_table import ParquetTable, check_files, write_rows
+from skyrl.data.pictures import encode_png
+from skyrl.types import DataError, Prompt
+
+if TYPE_CHECKING:
+    from skyrl.data.encode import PromptEncoder
+
+PAIR_COLUMNS = {
+    "id": TEXT,
+    "question": TEXT,
+    "chosen": TEXT,
+    "rejected": TEXT,
+    "kind": TEXT,
+    "margin": NUMBER,
+    "images": PICTURES,
+}
+PAIR_REQUIRED = ("question", "chosen", "rejected")
+PAIR_MAY_BE_NULL = ("kind", "margin", "images")
+ENCODED_TOGETHER = 1024
+
+
+@dataclass(slots=True, frozen=True)
+class TextPair:
+    """A better and a worse answer to one prompt, as text."""
+
+    prompt: Prompt
+    """Its truth and facts are not in a file of pairs: ``answer`` is empty, ``verifier`` ``exact``, both unused."""
+    chosen: str
+    """The whole answer, tags included, without the end-of-sequence token."""
+    rejected: str
+    margin: float = math.nan
+    """r_θ(chosen) − r_θ(rejected) in a reward model's raw units; ``nan`` if unknown."""
+
+
+class ParquetPairs:
+    """Random access to the pairs of one Parquet file. Other columns are ignored.
+
+    ======== ======================================== ==========================================================
+    column   type                                     meaning
+    ======== ======================================== ==========================================================
+    id       string, optional                         unique; default ``<file name without ending>/<row>``
+    question string                                   the user's message without picture placeholders
+    chosen   string                                   the better answer, whole
+    rejected string                                   the worse answer, whole
+    images   list of binary or of string, optional    PNG or JPEG files, or paths relative to the Parquet file
+    kind     string, optional                         family of the question, default ``default``
+    margin   float or integer, optional               r_θ(chosen) − r_θ(rejected), default unknown
+    ======== ======================================== ==========================================================
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: naming file, row and column, for a missing or unreadable file, missing columns, wrong types, nulls
+            or empty texts, an id that comes twice, two equal answers, an infinite margin, or a picture path without
+            a file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.table = ParquetTable(self.path, PAIR_COLUMNS, PAIR_REQUIRED, PAIR_MAY_BE_NULL)
+        self.table.each("rejected", self._check_difference)
+        self.table.each("margin", _check_margin)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> TextPair:
+        """Row ``row`` with decoded pictures.
+
+        Raises:
+            DataError: if there is no such row, or if a picture can't be decoded.
+        """
+        table = self.table
+        table.require(row)
+        margin = table.value("margin", row)
+        prompt = Prompt(
+            id=table.id(row),
+            question=table.value("question", row),
+            images=tuple(table.pictures(row)),
+            answer="",
+            verifier="exact",
+            kind=table.value("kind", row) or "default",
+        )
+        return TextPair(
+            prompt, table.value("chosen", row), table.value("rejected", row), math.nan if margin is None else margin
+        )
+
+    def check_tokens(
+        self, encoder: PromptEncoder, max_prompt_tokens: int | None = None, max_answer_tokens: int | None = None
+    ) -> None:
+        """Encode every text once, to find what the learner could not take.
+
+        Pictures are not opened: their placeholders do not count here.
+
+        Args:
+            encoder: The policy's.
+            max_prompt_tokens: Longest question, chat template included; ``None`` for any.
+            max_answer_tokens: Longest answer, end of sequence included; ``None`` for any.
+
+        Raises:
+            DataError: naming file, row and column, for a text that is too long, an answer with a special token, or a
+                question with a picture placeholder.
+        """
+        # The policy can't say these, so their log-probability is -inf; and an end in the middle is no end.
+        special = np.array([*encoder.forbidden_token_ids(), encoder.tokenizer.eos_token_id])
+        for column in ("chosen", "rejected"):
+            texts = self.table.column(column)
+            for start in range(0, len(texts), ENCODED_TOGETHER):
+                for place, ids in enumerate(answer_ids(encoder, texts[start : start + ENCODED_TOGETHER])):
+                    at = where(self.path, start + place, column)
+                    found = ids[:-1][np.isin(ids[:-1], special)]
+                    if found.size:
+                        token = encoder.tokenizer.convert_ids_to_tokens(int(found[0]))
+                        raise DataError(
+                            f"{at}: got the special token {token!r}; allowed: plain text, the end of sequence is added"
+                        )
+                    _check_length(len(ids), max_answer_tokens, at)
+        for row, question in enumerate(self.table.column("question")):
+            length = len(encoder.text_ids(Prompt(self.table.id(row), question, (), "", "exact")))
+            _check_length(length, max_prompt_tokens, where(self.path, row, "question"))
+
+    def _check_difference(self, row: int, rejected: str) -> None:
+        if rejected == self.table.value("chosen", row):
+            raise DataError(f"got {short(rejected)}, which is also the chosen answer; allowed: two different answers")
+
+
+def answer_ids(encoder: PromptEncoder, texts: list[str]) -> list[np.ndarray]:
+    """int32 [T] of each whole answer, with the end of sequence, as the policy would have sampled it."""
+    eos = encoder.tokenizer.eos_token_id
+    rows = encoder.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return [np.asarray([*ids, eos], dtype=np.int32) for ids in rows]
+
+
+def write_pairs(path: str | Path, pairs: Iterable[TextPair]) -> None:
+    """Write pairs as :class:`ParquetPairs` reads them, pictures as PNG files inside.
+
+    The file appears when it is complete. Only 64 pairs are held in memory at a time.
+
+    Raises:
+        DataError: for a picture that isn't uint8 [height, width, 3].
+    """
+    write_rows(path, PAIR_COLUMNS, map(_as_row, pairs), repeated=("kind",))
+
+
+def _as_row(pair: TextPair) -> dict[str, Any]:
+    prompt = pair.prompt
+    return {
+        "id": prompt.id,
+        "question": prompt.question,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "kind": prompt.kind,
+        "margin": None if math.isnan(pair.margin) else pair.margin,
+        "images": [encode_png(picture, f"pair {prompt.id!r}") for picture in prompt.images],
+    }
+
+
+def _check_margin(row: int, margin: float) -> None:
+    if math.isinf(margin):
+        raise DataError(f"got {margin}; allowed: a finite number, or null or nan if it is unknown")
+
+
+def _check_length(length: int, limit: int | None, at: str) -> None:
+    if limit is not None and length > limit:
+        raise DataError(f"{at}: got {length} tokens; allowed: up to {limit}")
+
+
+def _describe(file: str) -> str:
+    pairs = ParquetPairs(file)
+    pictures = sum(len(pairs[row].prompt.images) for row in range(len(pairs)))
+    return f"{len(pairs)} pairs with {pictures} pictures"
+
+
+def main(files: list[str]) -> int:
+    """Check whole files, pictures too; the exit status is 1 if one is broken."""
+    return check_files(files, "skyrl.data.preference_pairs", _describe)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

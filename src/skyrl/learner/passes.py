@@ -1,0 +1,96 @@
+"""What one rank runs of a step, and the forward passes without gradient: log π_0, log π_θ before the step, probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from skyrl.config import AlgorithmConfig
+from skyrl.data.encode import EncodedBatch, PromptEncoder
+from skyrl.data.packing import MicroBatch, ghost_row, plan_micro_batches
+from skyrl.types import SampleGroup, TrainBatch, TrainItem
+
+Forward = Callable[[EncodedBatch], torch.Tensor]
+"""Log-probabilities [N] of the answer tokens of a batch."""
+
+
+def _collate(encoder: PromptEncoder, items: list[TrainItem], device: torch.device) -> EncodedBatch:
+    return encoder.collate([(r.prompt, r.prompt_ids, r.sample.token_ids) for r in items]).to(device)
+
+
+@dataclass(slots=True)
+class Share:
+    """One rank's micro-batches of a step."""
+
+    batch: TrainBatch
+    """The whole step, the same on every rank."""
+    parts: list[MicroBatch]
+    rows: list[EncodedBatch]
+    """Of each micro-batch, the rows of its items, then of its ghost if it has one."""
+
+    @classmethod
+    def of(cls, batch: TrainBatch, parts: list[MicroBatch], encoder: PromptEncoder, device: torch.device) -> Share:
+        with_ghosts = [(part, ghost_row(batch.items, part)) for part in parts]
+        run = [part if ghost is None else [*part, ghost] for part, ghost in with_ghosts]
+        return cls(batch, parts, [_collate(encoder, [batch.items[i] for i in part], device) for part in run])
+
+    def tokens(self, part: MicroBatch) -> int:
+        """Answer tokens of a micro-batch, without its ghost's."""
+        return sum(len(self.batch.items[i].sample.token_ids) for i in part)
+
+
+def pair_members(batch: TrainBatch, cfg: AlgorithmConfig) -> set[int]:
+    """Items that the MPO term of this step reads; none if the stage does not train it."""
+    if cfg.weights(batch.step)[1] == 0:
+        return set()
+    return {i for pair in batch.pairs for i in (pair.chosen, pair.rejected)}
+
+
+@torch.no_grad()
+def score_share(
+    forward: Forward, share: Share, wanted: set[int], encoder: PromptEncoder, device: torch.device, collective: bool
+) -> list[torch.Tensor | None]:
+    """Per micro-batch, log-probabilities [N] of its answer tokens under ``forward``.
+
+    Args:
+        wanted: Items of the whole step, the same on every rank. Only their entries are sure to be there; if there are
+            none, nothing runs and every micro-batch has None.
+        collective: True under ZeRO-3: every rank runs every micro-batch, whatever it holds.
+    """
+    if not wanted:
+        return [None] * len(share.parts)
+    found: list[torch.Tensor | None] = []
+    for part, rows in zip(share.parts, share.rows, strict=True):
+        tokens = share.tokens(part)
+        keep = [k for k, i in enumerate(part) if i in wanted]
+        if collective or (part and len(keep) == len(part)):
+            found.append(forward(rows)[:tokens])
+            continue
+        filled = torch.zeros(tokens, device=device)
+        if keep:
+            kept_rows = torch.zeros(len(rows.input_ids), dtype=torch.bool, device=device)
+            kept_rows[keep] = True
+            row_of_token = rows.answer_mask.nonzero()[:tokens, 0]
+            some = _collate(encoder, [share.batch.items[part[k]] for k in keep], device)
+            filled[kept_rows[row_of_token]] = forward(some)
+        found.append(filled)
+    return found
+
+
+@torch.no_grad()
+def score_groups(
+    forward: Forward, groups: list[SampleGroup], encoder: PromptEncoder, device: torch.device, token_budget: int
+) -> list[np.ndarray]:
+    """Log-probabilities float32 [T] of every sample of the groups, in order, in micro-batches of ``token_budget``."""
+    rows = [(g.prompt, g.prompt_ids, s.token_ids) for g in groups for s in g.samples]
+    lengths = [len(prompt_ids) + len(answer_ids) for _, prompt_ids, answer_ids in rows]
+    found: dict[int, np.ndarray] = {}
+    for part in plan_micro_batches(lengths, [], 1, token_budget)[0]:
+        some = [rows[i] for i in part]
+        flat = forward(encoder.collate(some).to(device)).cpu().numpy()
+        ends = np.cumsum([len(answer_ids) for _, _, answer_ids in some])[:-1]
+        found |= dict(zip(part, np.split(flat, ends), strict=True))
+    return [found[i] for i in range(len(rows))]

@@ -1,0 +1,122 @@
+"""MPO in the learner with real DeepSpeed engines, ZeRO 0 and 3 on one and two ranks, against a float64 oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import learner_oracle
+import numpy as np
+import pytest
+import torch
+from learner_cases import build_policy, make_batch
+from learner_mpo_cases import refreshing, without_reference
+from learner_runs import distance, gradient_error, run_all
+
+from skyrl.data.encode import PromptEncoder
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    build_policy(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(world size, rank) → results of all cases there."""
+    return run_all("learner_mpo_cases.py", policy, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def encoder(policy: Path) -> PromptEncoder:
+    return PromptEncoder.from_pretrained(str(policy))
+
+
+ITERATED = [(1, 0), (1, 3), (2, 0), (2, 3)]
+
+
+def test_refreshed_reference_equals_the_float64_oracle(results: Any, policy: Path, encoder: PromptEncoder) -> None:
+    """References: π_0 for steps 1 and 2, the policy after step 2 for steps 3 and 4; δ goes on over the refresh."""
+    run = results[1, 0]["refresh", 0]
+    cfg = refreshing(0, 1)
+    before = [run["start"], *run["weights"]]
+    delta = None
+    for step, metrics in enumerate(run["metrics"], start=1):
+        own_reference = run["weights"][1] if step > 2 else run["start"]
+        batch = make_batch(encoder, step)
+        model = learner_oracle.load(str(policy), own_reference)
+        with torch.no_grad():
+            reference = [learner_oracle.answer_logprobs(model, encoder, i, 0.8) for i in batch.items]
+        mean = learner_oracle.batch_mean_reward(batch, reference, cfg.algorithm.mpo.beta)
+        delta = mean if delta is None else 0.5 * delta + 0.5 * mean
+        assert metrics["mpo/delta"] == pytest.approx(delta, abs=1e-5)
+        assert metrics["mpo/reference_age"] == (0, 1, 0, 1)[step - 1]
+        if step > 2:
+            weights = before[step - 1]
+            loss, want, kl = learner_oracle.gradients(str(policy), encoder, batch, weights, delta, cfg, own_reference)
+            assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
+            assert metrics["mpo/kl_reference"] == pytest.approx(kl, rel=1e-3, abs=1e-9)
+            assert gradient_error(run["gradients"][step - 1], want) < 1e-5
+
+
+@pytest.mark.parametrize(("world_size", "stage"), ITERATED)
+def test_a_refresh_is_the_same_on_all_ranks_and_stages_and_survives_a_checkpoint(
+    results: Any, world_size: int, stage: int
+) -> None:
+    """The checkpoint is written after step 3, so the resumed step needs the reference that step 2 left."""
+    base, run = results[1, 0]["refresh", 0], results[world_size, 0]["refresh", stage]
+    for step in range(4):
+        assert gradient_error(run["gradients"][step], base["gradients"][step]) < 1e-5
+        assert run["metrics"][step]["mpo/reference_age"] == step % 2
+        kl = base["metrics"][step]["mpo/kl_reference"]
+        assert run["metrics"][step]["mpo/kl_reference"] == pytest.approx(kl, rel=1e-3, abs=1e-9)
+    assert run["resumed_delta"] == run["delta"]
+    assert run["resumed_metrics"] == pytest.approx(run["metrics"][-1], rel=1e-6, abs=1e-6)
+    assert distance(run["resumed_weights"], run["weights"][-1]) < 1e-6
+
+
+def test_kl_above_its_limit_refreshes_the_reference(results: Any) -> None:
+    metrics = results[1, 0]["refresh_by_kl", 1]["metrics"]
+    assert [m["mpo/reference_age"] for m in metrics] == [0, 1, 0, 1]
+    kls = [m["mpo/kl_reference"] for m in metrics]
+    assert kls[0] == pytest.approx(0, abs=1e-10) and kls[2] == pytest.approx(0, abs=1e-10)
+    assert min(kls[1], kls[3]) > 1e-6
+
+
+@pytest.mark.parametrize("case", ["offline", "blind"])
+@pytest.mark.parametrize(("world_size", "stage"), ITERATED)
+def test_unrecorded_pair_members_cost_a_pass_and_change_nothing(
+    results: Any, world_size: int, stage: int, case: str
+) -> None:
+    known, unknown = (results[world_size, 0][f"{case}_{which}", stage] for which in ("known", "unknown"))
+    for got, want in zip(unknown["metrics"], known["metrics"], strict=True):
+        assert ("learner/logprob_gap_fresh" in got) == (case == "blind")
+        # Where some are recorded, the gap is that of those.
+        same = {name: value for name, value in want.items() if case == "blind" or name != "learner/logprob_gap_fresh"}
+        assert got == pytest.approx(same, rel=1e-5, abs=1e-5)
+    assert distance(unknown["weights"], known["weights"]) < 1e-6
+    assert abs(known["metrics"][1]["mpo/delta"]) > 1e-3  # at the first step θ = π_0 and δ would be 0 anyway
+    base = results[1, 0][f"{case}_known", 0]
+    assert distance(unknown["weights"], base["weights"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["reference_free", "chosen_only"])
+def test_terms_that_need_no_reference_load_none(results: Any, policy: Path, encoder: PromptEncoder, case: str) -> None:
+    run = results[1, 0][case, 1]
+    assert not run["has_reference"] and results[1, 0]["refresh", 0]["has_reference"]
+    cfg = without_reference(case)
+    batches = [make_batch(encoder, step) for step in (1, 2)]
+    nothing = [torch.zeros(1, dtype=torch.float64)] * len(batches[0].items)
+    means = [learner_oracle.batch_mean_reward(batch, nothing, cfg.algorithm.mpo.beta) for batch in batches]
+    for step, metrics in enumerate(run["metrics"], start=1):
+        delta = float(np.mean(means[:step])) if case == "reference_free" else 0.0
+        weights = run["start"] if step == 1 else run["weights"][0]
+        loss, want, _ = learner_oracle.gradients(str(policy), encoder, batches[step - 1], weights, delta, cfg)
+        assert metrics["loss/total"] == pytest.approx(loss, rel=1e-5)
+        assert gradient_error(run["gradients"][step - 1], want) < 1e-5
+        assert "mpo/kl_reference" not in metrics and "mpo/reference_age" not in metrics
+        assert ("mpo/delta" in metrics) == (case == "reference_free")

@@ -1,0 +1,67 @@
+"""The MPO side of the learner tests, run like :mod:`learner_cases`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+from learner_cases import Cases, groups_of, make_batch, run_cases, settings
+
+from skyrl.config import Config, DeltaKind, Stage
+
+
+def refreshing(stage: int, world_size: int) -> Config:
+    """Iterated MPO: the reference is replaced after every second step."""
+    cfg = settings(stage, world_size)
+    cfg.algorithm.mpo.reference_every = 2
+    cfg.algorithm.mpo.delta, cfg.algorithm.mpo.delta_decay = DeltaKind.exponential, 0.5
+    return cfg
+
+
+def without_reference(name: str) -> Config:
+    """``reference_free``, or ``chosen_only``: nothing but the generation term."""
+    cfg = settings(1)
+    cfg.algorithm.grpo.kl_weight = 0.0
+    cfg.algorithm.mpo.reference_free = name == "reference_free"
+    if name == "chosen_only":
+        cfg.algorithm.mpo.preference_weight = cfg.algorithm.mpo.quality_weight = 0.0
+    return cfg
+
+
+def unrecorded(cases: Cases, stage: int) -> None:
+    """Two steps with and without the log-probabilities of pair members that take no part in GRPO: all of offline
+    MPO, the rejected ones of DropoutNTP. Known ones are the policy's own."""
+    for name, trained in (("offline", Stage.mpo), ("blind", Stage.joint)):
+        for known in (True, False):
+            cfg = settings(stage, cases.world_size)
+            cfg.algorithm.stage = trained
+            learner = cases.make(cfg)
+            metrics = []
+            for step in (1, 2):
+                batch = make_batch(learner.encoder, step, num_prompts=3, per_prompt=2)
+                if trained is Stage.mpo:
+                    batch.items = [replace(item, grpo_weight=0.0) for item in batch.items]
+                    batch.grpo_samples = batch.grpo_tokens = 0
+                for item, own in zip(batch.items, learner.logprobs(groups_of(batch)), strict=True):
+                    if item.grpo_weight == 0:
+                        item.sample.logprobs = own if known else np.full_like(own, np.nan)
+                metrics.append(learner.train_step(batch))
+            result = {"metrics": metrics, "weights": cases.weights(learner)}
+            cases.results[f"{name}_{'known' if known else 'unknown'}", stage] = result
+
+
+def run(cases: Cases) -> None:
+    for stage in (0, 3):
+        cases.steps("refresh", refreshing(stage, cases.world_size), 4, resume=True)
+        unrecorded(cases, stage)
+    if cases.world_size == 1:
+        cfg = settings(1)
+        cfg.algorithm.mpo.reference_kl = 1e-9
+        cases.steps("refresh_by_kl", cfg, 4)
+        for name in ("reference_free", "chosen_only"):
+            cases.steps(name, without_reference(name), 2)
+
+
+if __name__ == "__main__":
+    run_cases(run, *sys.argv[1:])

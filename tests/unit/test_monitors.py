@@ -1,0 +1,218 @@
+"""The hallucination monitors, by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from skyrl.algorithms import hallucination
+from skyrl.config import HallucinationConfig
+from skyrl.monitoring import monitors
+from skyrl.monitoring.monitors import blind_metrics, build_monitors, claims, gate_monitor, phrase_monitor
+from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup
+
+PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
+
+
+def sample(
+    text: str = "<answer>1</answer>",
+    rule: float | None = 1.0,
+    model: float = math.nan,
+    claimed: tuple[int, int] = (0, 0),
+) -> Sample:
+    return Sample(
+        index=0,
+        token_ids=np.zeros(2, dtype=np.int32),
+        logprobs=np.zeros(2, dtype=np.float32),
+        text=text,
+        truncated=False,
+        policy_version=0,
+        reward=None if rule is None else RewardParts(rule, 1.0, model, rule),
+        claims=claimed[0],
+        false_claims=claimed[1],
+        error="the verifier was killed" if rule is None else None,
+    )
+
+
+def group(name: str, *samples: Sample, kind: str = "sum", picture: bool = True, facts: bool = True) -> SampleGroup:
+    known = {"grid": [[1]]} if facts else {}
+    prompt = Prompt(name, "?", (PICTURE,) if picture else (), "1", "numeric", kind, known)
+    return SampleGroup(prompt, np.zeros(3, dtype=np.int32), list(samples))
+
+
+def test_claims_overall_and_by_kind() -> None:
+    found = claims(
+        [
+            group("e/0", sample(claimed=(4, 0)), kind="sum"),
+            group("e/1", sample(claimed=(4, 2)), kind="sum"),
+            group("e/2", sample(rule=None, claimed=(2, 2)), kind="max"),  # not scored, but it did say something
+            group("e/3", sample(), kind="text", picture=False),  # facts without a picture, a picture without facts
+            group("e/4", sample(), kind="photo", facts=False),
+        ]
+    )
+    assert found == pytest.approx(
+        {
+            "eval/hallucination": 2 / 3,
+            "eval/false_claim_share": 4 / 10,
+            "eval/coverage": 1.0,
+            "eval/hallucination/sum": 1 / 2,
+            "eval/hallucination/max": 1.0,
+        }
+    )
+    nothing = claims([group("e/3", sample(), picture=False)])
+    assert set(nothing) == {"eval/hallucination", "eval/false_claim_share", "eval/coverage"}
+    assert all(math.isnan(value) for value in nothing.values())
+
+
+def test_gate() -> None:
+    groups = [
+        group("e/0", sample(model=-1.0, claimed=(4, 1))),
+        group("e/1", sample(model=-0.5, claimed=(4, 0))),
+        group("e/2", sample(model=0.0, claimed=(4, 4))),  # at the gate is accepted
+        group("e/3", sample(model=2.0, claimed=(4, 0)), sample(model=3.0)),
+        group("e/4", sample(model=-9.0), picture=False),  # right and rejected, but nothing is known about it
+        group("e/5", sample(rule=0.0, model=-9.0, claimed=(4, 4))),  # wrong, not scored, without a score: no part
+        group("e/6", sample(rule=None, claimed=(4, 4))),
+        group("e/7", sample(claimed=(4, 4))),
+    ]
+    assert gate_monitor(0.0)(groups) == pytest.approx(
+        {
+            "eval/gate_rejected": 3 / 6,
+            "eval/gate_hallucination_rejected": 1 / 2,
+            "eval/gate_hallucination_accepted": 1 / 3,
+        }
+    )
+    everything = gate_monitor(-math.inf)(groups)
+    assert everything == pytest.approx({"eval/gate_rejected": 0.0, "eval/gate_hallucination_accepted": 2 / 5})
+    assert gate_monitor(0.0)(groups[4:5]) == {"eval/gate_rejected": 1.0}
+    assert gate_monitor(0.0)(groups[5:]) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "denies"),
+    [
+        ("I cannot see the image.", True),
+        ("<think>Sadly I CAN'T view any Photo</think>", True),
+        ("As no image was provided, I guess 4.", True),
+        ("I am unable to access images", True),
+        ("I see 31/41.", False),
+        ("I can see the image.", False),
+        ("The picture cannot be simplified", False),
+    ],
+)
+def test_default_phrases(text: str, denies: bool) -> None:
+    monitor = phrase_monitor(HallucinationConfig().phrases)
+    assert monitor([group("e/0", sample(text))]) == {"eval/denial": float(denies)}
+
+
+def test_phrases_are_counted_once_an_answer_and_only_with_pictures() -> None:
+    monitor = phrase_monitor(["blind", "dark"])
+    groups = [group("e/0", sample("Blind, it is dark."), sample("light")), group("e/1", sample("blind"), picture=False)]
+    assert monitor(groups) == {"eval/denial": 0.5}
+    assert monitor(groups[1:]) == phrase_monitor([])(groups) == {}
+
+
+def answered(answer: str | None, rule: float | None) -> Sample:
+    return sample("<think>I see" if answer is None else f"<think>..</think><answer>{answer}</answer>", rule)
+
+
+def test_blind() -> None:
+    groups = [
+        group("e/0", answered("red ball", 1.0)),
+        group("e/1", answered("2", 1.0)),
+        group("e/2", answered(None, 0.0)),
+        group("e/3", answered("4", 1.0)),
+        group("e/4", answered(" ", 0.0)),
+        group("e/5", answered("7", 1.0)),  # not asked again: its accuracy doesn't count
+        group("e/6", answered("12", 0.0)),
+    ]
+    blind = [
+        group("e/4#blind", answered("", 0.0), picture=False),
+        group("e/0#blind", answered(" Red  Ball", 1.0), picture=False),
+        group("e/1#blind", answered("3", 0.0), picture=False),
+        group("e/2#blind", answered(None, 0.0), picture=False),
+        group("e/3#blind", answered("4", None), picture=False),  # agrees, but could not be scored
+        group("e/6#blind", answered("1 2", 0.0), picture=False),
+    ]
+    assert blind_metrics(groups, blind) == pytest.approx(
+        {
+            "eval/blind_prompts": 6.0,
+            "eval/blind_agreement": 2 / 6,
+            "eval/blind_accuracy": 1 / 5,
+            "eval/blind_accuracy_drop": 2 / 5 - 1 / 5,
+        }
+    )
+    assert blind_metrics(groups, blind[4:5]) == {"eval/blind_prompts": 1.0, "eval/blind_agreement": 1.0}
+    assert blind_metrics(groups, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "message"),
+    [("e/0", 1, "e/0"), ("e/9#blind", 1, "e/9#blind"), ("e/0#blind", 0, "0 samples")],
+)
+def test_blind_without_counterpart(name: str, samples: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        blind_metrics([group("e/0", sample())], [group(name, *[sample()] * samples)])
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+    own = dict(monitors.MONITORS)
+    monkeypatch.setattr(monitors, "MONITORS", own)
+    yield own
+
+
+def names(found: list[monitors.Monitor]) -> list[str]:
+    scored = [group("e/0", sample("no image provided", model=0.5, claimed=(4, 1)))]
+    return [name for monitor in found for name in monitor(scored)]
+
+
+def test_built_from_the_settings(registry: dict) -> None:
+    scored = [group("e/0", sample("dark", model=0.5))]
+    cfg = HallucinationConfig(gate_score=1.0, phrases=["dark"])
+    merged: dict[str, float] = {}
+    for monitor in build_monitors(cfg, None):
+        merged |= monitor(scored)
+    assert (merged["eval/gate_rejected"], merged["eval/denial"]) == (1.0, 1.0)
+    (rejected,) = [
+        m(scored)["eval/gate_rejected"] for m in build_monitors(cfg, 0.5) if "eval/gate_rejected" in m(scored)
+    ]
+    assert rejected == 0.0  # the gate's own threshold
+
+
+def test_own_monitors(registry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitors.register_monitor("mine", lambda cfg, gate: lambda groups: {"eval/own/mine": len(groups) + gate})
+    (own,) = [m for m in build_monitors(HallucinationConfig(gate_score=0.5), None) if "eval/own/mine" in m([])]
+    assert own([]) == {"eval/own/mine": 0.5}
+    monitors.register_monitor("claims", lambda cfg, gate: lambda groups: {})
+    assert "eval/hallucination" not in names(build_monitors(HallucinationConfig(), None))
+
+    def load() -> None:
+        monitors.register_monitor("late", lambda cfg, gate: lambda groups: {"eval/own/late": 1.0})
+
+    asked: list[str] = []
+
+    def installed(group: str) -> list[SimpleNamespace]:
+        asked.append(group)
+        return [SimpleNamespace(load=load)]
+
+    monkeypatch.setattr(monitors, "entry_points", installed)
+    assert "eval/own/late" in names(build_monitors(HallucinationConfig(), None))
+    assert asked == ["skyrl.plugins"]
+
+
+def test_the_example_of_the_documentation_runs(registry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hallucination, "CHECKERS", dict(hallucination.CHECKERS))
+    text = (Path(__file__).parents[2] / "docs" / "hallucination.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    exec(compile(block, "docs/hallucination.md", "exec"), {})
+    found = hallucination.check_claims("A red and a Blue ball", {"colours": ["red"]})
+    assert [(claim.text, claim.true) for claim in found] == [("red", True), ("Blue", False)]
+    groups = [group("e/0", sample("red"), sample("a long, long answer about colours"))]
+    assert [m(groups) for m in build_monitors(HallucinationConfig(), None)][-1] == {"eval/own/short": 0.5}

@@ -1,0 +1,280 @@
+"""Calibrated thresholds: bounds by hand, and coverage by simulation with a known truth."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skyrl.algorithms.thresholds import Threshold, clopper_pearson_upper, risk_controlled
+from skyrl.config import ThresholdConfig, ThresholdKind
+
+TARGET, CONFIDENCE = 0.1, 0.9
+
+
+@pytest.mark.parametrize(
+    ("bad", "total", "confidence", "bound"),
+    [
+        (0, 29, 0.95, 1 - 0.05 ** (1 / 29)),  # (1 - p)^29 = 0.05
+        (0, 1, 0.9, 0.9),
+        (4, 5, 0.9, 0.9 ** (1 / 5)),  # p^5 = 0.9: all five bad has the rest of the probability
+        (1, 2, 0.75, math.sqrt(0.75)),  # 1 - p^2 = 0.25
+        (7, 7, 0.9, 1.0),
+        (0, 0, 0.9, 1.0),
+    ],
+)
+def test_bound_by_hand(bad: int, total: int, confidence: float, bound: float) -> None:
+    assert clopper_pearson_upper(bad, total, confidence) == pytest.approx(bound, rel=1e-12)
+
+
+@settings(deadline=None)  # the first call of scipy is slow
+@given(st.integers(1, 200), st.data(), st.floats(0.5, 0.99))
+def test_bound_is_the_share_at_which_so_few_have_the_stated_probability(
+    total: int, data: st.DataObject, confidence: float
+) -> None:
+    bad = data.draw(st.integers(0, total - 1))
+    share = clopper_pearson_upper(bad, total, confidence)
+    tail = sum(math.comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(bad + 1))
+    assert tail == pytest.approx(1 - confidence, rel=1e-6)
+    assert bad / total < share < clopper_pearson_upper(bad + 1, total, confidence)
+
+
+@pytest.mark.parametrize(("bad", "total", "confidence"), [(2, 1, 0.9), (-1, 1, 0.9), (0, 1, 1.0), (0, 1, 0.0)])
+def test_bound_of_nonsense(bad: int, total: int, confidence: float) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        clopper_pearson_upper(bad, total, confidence)
+
+
+def test_walk_by_hand() -> None:
+    # Target 0.5, confidence 0.75: (1 - 0.5)^n = 0.25 at n = 2, so the walk begins with three samples.
+    scores = np.arange(10, 0, -1.0)
+    good = np.zeros(10, dtype=bool)
+    assert risk_controlled(scores, good, 0.5, 0.75) == 1.0
+    assert risk_controlled(scores[:2], good[:2], 0.5, 0.75) is None  # too few, though none is bad
+    assert risk_controlled(scores[:3], good[:3], 0.5, 0.75) == 8.0
+    # One bad of three at p = 0.5: P(at most one) = 4/8 > 0.25: the first test fails, whatever comes below.
+    assert risk_controlled(scores, scores == 9, 0.5, 0.75) is None
+    # Bad are 4th to 10th. One of 4: P(<=1 at 0.5) = 5/16 > 0.25. So only the first three pass.
+    assert risk_controlled(scores, scores <= 7, 0.5, 0.75) == 8.0
+    # Bad are 5th to 10th: 1 of 5: 6/32 <= 0.25 passes, 2 of 6: 22/64 > 0.25 does not.
+    assert risk_controlled(scores, scores <= 6, 0.5, 0.75) == 6.0
+    assert risk_controlled([], [], 0.5, 0.75) is None
+    # A walk never jumps over a failure: 1 of 4 fails, 1 of 5, 6 … 10 would pass.
+    assert risk_controlled(scores, scores == 7, 0.5, 0.75) == 8.0
+
+
+def test_equal_scores_pass_together() -> None:
+    scores, bad = np.repeat([3.0, 2.0, 1.0, 0.0], 10), np.repeat([0, 0, 1, 1], 10)
+    assert risk_controlled(scores, bad, 0.4, 0.75) == 2.0
+    # Three of the ten at 3.0 are the first level's count, but all ten pass: five bad are too many.
+    assert risk_controlled(np.full(10, 3.0), [0] * 5 + [1] * 5, 0.5, 0.75) is None
+    assert risk_controlled(np.full(30, 3.0), [0] * 30, 0.1, 0.9) == 3.0
+
+
+def drawn(rng: np.random.Generator, size: int, risk: Callable[[np.ndarray], np.ndarray]) -> tuple:
+    scores = rng.random(size)
+    return scores, rng.random(size) < risk(scores)
+
+
+def naive(scores: np.ndarray, bad: np.ndarray) -> float | None:
+    """The smallest threshold with an empirical share of at most the target."""
+    order = np.argsort(-scores)
+    good = np.flatnonzero(np.cumsum(bad[order]) <= TARGET * np.arange(1, len(scores) + 1))
+    return float(scores[order][good[-1]]) if len(good) else None
+
+
+def unordered(scores: np.ndarray, bad: np.ndarray) -> float | None:
+    """The smallest threshold whose own bound is low enough, whatever the ones above it say."""
+    order = np.argsort(-scores)
+    counts = np.cumsum(bad[order])
+    bounds = [clopper_pearson_upper(int(bad), n, CONFIDENCE) for n, bad in enumerate(counts, start=1)]
+    good = np.flatnonzero(np.array(bounds) <= TARGET)
+    return float(scores[order][good[-1]]) if len(good) else None
+
+
+def ours(scores: np.ndarray, bad: np.ndarray) -> float | None:
+    return risk_controlled(scores, bad, TARGET, CONFIDENCE)
+
+
+def too_risky(rule: Callable, risk: Callable, above: Callable, size: int, sets: int, seed: int) -> float:
+    """Share of simulated calibration sets whose threshold lets too large a true share of bad ones pass."""
+    rng = np.random.default_rng(seed)
+    found = [rule(*drawn(rng, size, risk)) for _ in range(sets)]
+    return sum(tau is not None and above(tau) > TARGET for tau in found) / sets
+
+
+def falling(scores: np.ndarray) -> np.ndarray:
+    return 0.4 * (1 - scores)  # mean above tau: 0.2 (1 - tau), the target at tau = 0.5
+
+
+def flat(scores: np.ndarray) -> np.ndarray:
+    return np.full(len(scores), 0.101)  # a score that says nothing: every threshold is too risky
+
+
+@pytest.mark.parametrize("size", [40, 200, 512])
+def test_true_risk_is_controlled_as_often_as_stated(size: int) -> None:
+    sets = 600
+    slack = 3 * math.sqrt(CONFIDENCE * (1 - CONFIDENCE) / sets)
+    assert too_risky(ours, falling, lambda tau: 0.2 * (1 - tau), size, sets, 1) <= 1 - CONFIDENCE + slack
+    assert too_risky(ours, flat, lambda tau: 0.101, size, sets, 2) <= 1 - CONFIDENCE + slack
+
+
+def test_simpler_rules_do_not_control_it() -> None:
+    assert too_risky(naive, falling, lambda tau: 0.2 * (1 - tau), 200, 300, 1) > 0.4
+    assert too_risky(unordered, flat, lambda tau: 0.101, 200, 100, 2) > 0.2
+
+
+def test_it_is_not_merely_cautious() -> None:
+    rng = np.random.default_rng(3)
+    taus = [ours(*drawn(rng, 512, falling)) for _ in range(200)]
+    accepted = [0.0 if tau is None else 1 - tau for tau in taus]
+    assert np.mean(accepted) > 0.2  # of at most 0.5
+    assert np.mean([tau is None for tau in taus]) < 0.1
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(-20, 20), st.booleans()), min_size=5, max_size=60), st.integers(0, 10**6))
+def test_only_the_order_of_the_scores_matters(rows: list[tuple[int, bool]], seed: int) -> None:
+    scores, bad = np.array([row[0] for row in rows], dtype=float), np.array([row[1] for row in rows])
+    tau = risk_controlled(scores, bad, 0.4, 0.7)
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
+    assert risk_controlled(scores[shuffled], bad[shuffled], 0.4, 0.7) == tau
+    moved = risk_controlled(np.exp(scores / 7) - 3, bad, 0.4, 0.7)
+    if tau is None:
+        assert moved is None
+    else:
+        assert ((np.exp(scores / 7) - 3 >= moved) == (scores >= tau)).all()
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), min_size=10, max_size=80), st.data())
+def test_more_caution_or_more_bad_ones_never_lower_the_threshold(labels: list[bool], data: st.DataObject) -> None:
+    scores, bad = np.arange(len(labels), dtype=float), np.array(labels)
+
+    def tau(bad: np.ndarray, target: float, confidence: float) -> float:
+        found = risk_controlled(scores, bad, target, confidence)
+        return math.inf if found is None else found
+
+    base = tau(bad, 0.4, 0.7)
+    assert tau(bad, 0.4, 0.7) <= tau(bad | (scores == data.draw(st.sampled_from(scores.tolist()))), 0.4, 0.7)
+    # The walk begins with three samples at both targets (log 0.3 / log 0.6 = 2.36, log 0.3 / log 0.61 = 2.44).
+    assert base <= tau(bad, 0.39, 0.7)
+
+
+def config(kind: str, **changes: float) -> ThresholdConfig:
+    return ThresholdConfig(kind=ThresholdKind(kind), value=2.0, **changes)  # type: ignore[arg-type]
+
+
+def test_off_and_fixed_never_move() -> None:
+    for kind, value in (("off", -math.inf), ("fixed", 2.0)):
+        threshold = Threshold(config(kind, every=1, min_labelled=1))
+        threshold.observe(np.arange(100.0), np.zeros(100, dtype=bool))
+        assert not any(threshold.calibrate(step) for step in range(1, 20))
+        assert threshold.value == value
+
+
+def test_schedule_window_and_quantile() -> None:
+    threshold = Threshold(config("quantile", quantile=0.25, every=3, window=5, min_labelled=4))
+    threshold.observe([100.0, 1.0, 2.0], [0, math.nan, 1])
+    assert [threshold.calibrate(step) for step in (1, 4)] == [False, False]  # only three
+    assert threshold.value == 2.0
+    threshold.observe([3.0, 4.0, 5.0], [0, 0, 0])  # 100 falls out
+    assert [threshold.calibrate(step) for step in (1, 2, 3, 5, 6, 7)] == [False] * 5 + [True]
+    assert threshold.value == 2.0  # 1, 2, 3, 4, 5: a quarter of the way from 1 to 5
+    threshold.observe([9.0], [True])
+    assert threshold.calibrate(10) and threshold.value == 3.0
+
+
+def test_risk_controlled_closes_and_opens_again() -> None:
+    threshold = Threshold(config("risk_controlled", target_risk=0.5, confidence=0.75, every=1, window=10))
+    threshold.observe(np.arange(10.0), np.full(10, math.nan))  # unknown: of no use
+    assert threshold.metrics("gate/") == {"gate/labelled": 0.0, "gate/tau": 2.0, "gate/closed": 0.0}
+    threshold.cfg.min_labelled = 10
+    threshold.observe(np.arange(10.0), np.ones(10))
+    assert threshold.calibrate(2) and threshold.value == math.inf
+    metrics = threshold.metrics("gate/")
+    assert math.isnan(metrics.pop("gate/risk"))
+    assert metrics == {"gate/labelled": 10.0, "gate/closed": 1.0, "gate/acceptance": 0.0, "gate/risk_bound": 1.0}
+    threshold.observe(np.arange(10.0), np.arange(10) <= 5)
+    assert threshold.calibrate(3) and threshold.value == 5.0
+    metrics = threshold.metrics()
+    assert metrics.pop("threshold/risk_bound") == pytest.approx(clopper_pearson_upper(1, 5, 0.75))
+    assert metrics == {
+        "threshold/labelled": 10.0,
+        "threshold/tau": 5.0,
+        "threshold/closed": 0.0,
+        "threshold/acceptance": 0.5,
+        "threshold/risk": 0.2,
+    }
+
+
+def test_metrics_of_the_other_kinds() -> None:
+    assert Threshold(config("off")).metrics() == {"threshold/labelled": 0.0}
+    threshold = Threshold(config("fixed"))
+    threshold.observe([1.0, 2.0, 3.0, 4.0], [1, 0, math.nan, 1])
+    metrics = threshold.metrics()
+    bound = metrics.pop("threshold/risk_bound")
+    assert metrics == {
+        "threshold/labelled": 3.0,
+        "threshold/tau": 2.0,
+        "threshold/acceptance": 0.75,
+        "threshold/risk": 0.5,
+    }
+    assert bound == pytest.approx(clopper_pearson_upper(1, 2, 0.9))
+
+
+@pytest.mark.parametrize("kind", ["off", "fixed", "quantile", "risk_controlled"])
+def test_state_goes_through_json(kind: str) -> None:
+    changes = {"every": 1, "window": 40, "min_labelled": 10, "target_risk": 0.4, "confidence": 0.7}
+    rng = np.random.default_rng(0)
+    first, second = Threshold(config(kind, **changes)), Threshold(config(kind, **changes))
+    first.observe(rng.normal(size=30), rng.random(30) < 0.2)
+    first.observe(rng.normal(size=5), np.full(5, math.nan))
+    first.calibrate(2)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert second.value == first.value and second.metrics() == first.metrics()
+    more = rng.normal(size=20), rng.random(20) < 0.2
+    for threshold in (first, second):
+        threshold.observe(*more)
+        threshold.calibrate(3)
+    assert second.value == first.value and second.state_dict() == first.state_dict()
+
+
+def test_state_of_a_closed_threshold_and_of_other_settings() -> None:
+    closed = Threshold(config("risk_controlled", every=1))
+    closed.observe(np.arange(50.0), np.ones(50))
+    closed.calibrate(2)
+    state = closed.state_dict()
+    again = Threshold(config("risk_controlled"))
+    again.load_state_dict(state)
+    assert again.value == math.inf
+    changed = Threshold(config("quantile", window=10, min_labelled=1, every=1, quantile=0.5))
+    changed.load_state_dict(state)
+    assert changed.value == 2.0
+    assert changed.calibrate(2) and changed.value == 44.5  # of the newest ten, 40 … 49
+    with pytest.raises(ValueError, match="shape"):
+        changed.load_state_dict(state | {"bad": [0]})
+
+
+@pytest.mark.parametrize(
+    ("scores", "bad", "message"),
+    [
+        ([1.0], [0, 1], "shape"),
+        ([[1.0]], [[0]], "shape"),
+        ([math.nan], [0], "finite"),
+        ([math.inf], [0], "finite"),
+        ([1.0], [2], "0, 1 or nan"),
+    ],
+)
+def test_broken_candidates(scores: list, bad: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Threshold(config("fixed")).observe(scores, bad)
+    with pytest.raises(ValueError, match=r"0 or 1$"):
+        risk_controlled([1.0], [math.nan], 0.1, 0.9)
+    with pytest.raises(ValueError, match="target_risk=1"):
+        risk_controlled([1.0], [0], 1, 0.9)
