@@ -181,7 +181,8 @@ def _thresholds(cfg: Config) -> Iterator[str]:
         ("algorithm.mpo.threshold", cfg.algorithm.mpo.threshold),
         ("algorithm.gate", cfg.algorithm.gate),
     ):
-        if threshold.kind is not ThresholdKind.risk_controlled:
+        in_range = 0 < threshold.target_risk < 1 and 0 < threshold.confidence < 1
+        if threshold.kind is not ThresholdKind.risk_controlled or not in_range:
             continue
         if threshold.confidence < MIN_CONFIDENCE:
             yield (

@@ -103,7 +103,9 @@ class BufferActor:
     def __init__(self, cfg: Config, policy_folder: str) -> None:
         from skyrl.buffer.service import BufferService
 
-        self.service = BufferService(cfg.buffer, cfg.algorithm, cfg.controller.seed, cfg.data, policy_folder)
+        self.service = BufferService(
+            cfg.buffer, cfg.algorithm, cfg.controller.seed, cfg.data, policy_folder, cfg.rollout
+        )
 
     def ready(self) -> None:
         """Answers once the actor is up."""

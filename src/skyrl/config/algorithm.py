@@ -231,7 +231,9 @@ class MpoConfig:
     """Decay of the exponential one."""
     pairs: PairSource = PairSource.reward_margin
     """``reward_margin``, ``rule`` or ``dropout_ntp``."""
-    threshold: ThresholdConfig = field(default_factory=lambda: ThresholdConfig(value=2.0))
+    threshold: ThresholdConfig = field(
+        default_factory=lambda: ThresholdConfig(kind=ThresholdKind.risk_controlled, value=2.0)
+    )
     """On r_θ(chosen) − r_θ(rejected)."""
     pairs_per_prompt: int = 1
     """Most pairs formed in one group; a sample is in one pair at most."""
