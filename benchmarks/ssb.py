@@ -93,9 +93,9 @@ def main() -> None:
         print(json.dumps(results))
         return
     columns = list(next(iter(results.values())))
-    print(f"{'settings':<12}" + "".join(f"{column:>14}" for column in columns))
+    print(f"{'settings':<12}" + "".join(f"{column:>16}" for column in columns))
     for name, values in results.items():
-        print(f"{name:<12}" + "".join(f"{values[column]:>14,.3f}" for column in columns))
+        print(f"{name:<12}" + "".join(f"{values[column]:>16,.3f}" for column in columns))
 
 
 if __name__ == "__main__":

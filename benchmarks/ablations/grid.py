@@ -11,7 +11,7 @@ SEEDS = (0, 1, 2)
 BASE = (
     "name=ablation",
     "rollout.prompts_per_step=32",
-    "controller.steps=40",
+    "controller.steps=30",
     "evaluation.every=10",
     "evaluation.gallery=0",
     "checkpoint.every=0",
@@ -20,7 +20,7 @@ BASE = (
     "learner.lr=3e-4",
     "controller.timeout=600",
 )
-"""Equal for all runs: 40 steps of 32 prompts x 8 samples = 10,240 rollouts. The learning rate is three times the
+"""Equal for all runs: 30 steps of 32 prompts x 8 samples = 7,680 rollouts. The learning rate is three times the
 default's: high enough that what a method does wrong shows within them."""
 
 QUICK = (
@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
     "mpo": MPO,
     "grpo_rule": (*GRPO, "reward=rule_only"),
-    "mpo_then_grpo": ("algorithm=mpo_then_grpo", "algorithm.mpo_steps=20"),
+    "mpo_then_grpo": ("algorithm=mpo_then_grpo", "algorithm.mpo_steps=15"),
     "default": (),
     # Table 4
     "grpo_adapter": (*GRPO, "learner.trainable=adapter"),

@@ -103,8 +103,13 @@ def pool_rows(cfg: DataConfig) -> Sequence[int] | None:
 
 def _absolute_paths(data: DataConfig) -> DataConfig:
     """Actors on a joined cluster need not share this process's working folder."""
-    names = ("train_path", "eval_path", "pool_path", "pairs_path")
-    return dataclasses.replace(data, **{name: _absolute(getattr(data, name)) for name in names})
+    return dataclasses.replace(
+        data,
+        train_path=_absolute(data.train_path),
+        eval_path=_absolute(data.eval_path),
+        pool_path=_absolute(data.pool_path),
+        pairs_path=_absolute(data.pairs_path),
+    )
 
 
 def _absolute(path: str | None) -> str | None:

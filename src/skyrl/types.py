@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+BLIND_SUFFIX = "#blind"
+"""Ends the id of a prompt that is asked without its picture: caches go by id."""
+
 
 @dataclass(slots=True, frozen=True)
 class Prompt:
@@ -166,8 +169,7 @@ class RolloutRequest:
     seed: int
     """The run's seed. A sample's own seed is derived from (seed, step, prompt, sample index)."""
     blind: bool = False
-    """Ask without the picture: rows that have none are left out, and ``#blind`` is added to each prompt's id, because
-    caches go by id."""
+    """Ask without the picture: rows that have none are left out, and each prompt's id ends in :data:`BLIND_SUFFIX`."""
 
 
 @dataclass(slots=True)

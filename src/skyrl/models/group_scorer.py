@@ -224,7 +224,8 @@ def _length(row: Row) -> int:
 def _distinct(rows: list[Row]) -> tuple[list[Row], list[int]]:
     """The different rows, and for each given row its place among them: a sure policy often repeats its answer."""
     first: dict[tuple[str, bytes], int] = {}
-    kept, places = [], []
+    kept: list[Row] = []
+    places: list[int] = []
     for row in rows:
         place = first.setdefault((row[0].id, row[2].tobytes()), len(kept))
         if place == len(kept):

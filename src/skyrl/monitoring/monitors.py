@@ -15,10 +15,8 @@ from skyrl.config import HallucinationConfig
 from skyrl.interfaces import Metrics, flatten
 from skyrl.rewards.format import extract_answer
 from skyrl.rewards.scorer import claim_rates, has_facts
-from skyrl.types import DataError, RewardParts, Sample, SampleGroup
+from skyrl.types import BLIND_SUFFIX, DataError, RewardParts, Sample, SampleGroup
 
-BLIND_SUFFIX = "#blind"
-"""Ends the id of a prompt that was asked again without its picture."""
 PLUGINS = "skyrl.plugins"
 """Entry-point group of installed packages whose modules register monitors and claim checkers when imported."""
 

@@ -16,7 +16,16 @@ from skyrl.config import Config, WeightSync
 from skyrl.data.encode import PromptEncoder
 from skyrl.interfaces import PromptDataset
 from skyrl.rollout import shm_transfer
-from skyrl.types import DataError, Prompt, RolloutRequest, Sample, SampleGroup, SkyrlError, WeightSnapshot
+from skyrl.types import (
+    BLIND_SUFFIX,
+    DataError,
+    Prompt,
+    RolloutRequest,
+    Sample,
+    SampleGroup,
+    SkyrlError,
+    WeightSnapshot,
+)
 
 CPU_BATCHED_TOKENS = 16384
 
@@ -32,7 +41,7 @@ def sample_seed(run_seed: int, step: int, prompt_id: str) -> int:
 
 def blind_prompt(prompt: Prompt) -> Prompt:
     """The same question without the picture, under an id of its own, because caches go by id."""
-    return replace(prompt, id=f"{prompt.id}#blind", images=())
+    return replace(prompt, id=prompt.id + BLIND_SUFFIX, images=())
 
 
 def best_answer(samples: list[Sample]) -> int | None:

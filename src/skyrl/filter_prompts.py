@@ -1,0 +1,225 @@
+"""``python -m skyrl.filter_prompts``: the offline pass of the Selective Sample Buffer.
+
+It samples answers of the starting policy to the training prompts, scores them, and writes how often each prompt was
+answered right. Training with ``data.pool_path`` then leaves out the prompts that teach nothing, because the policy is
+always right or always wrong on them. Settings are those of ``python -m skyrl.launch``; they are checked before Ray and
+the libraries behind it are imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from skyrl.config import Config
+from skyrl.controller import Pools
+from skyrl.interfaces import Handle
+from skyrl.launch import compose_config
+from skyrl.monitoring.console import percent
+from skyrl.types import ConfigError, RolloutRequest, SampleGroup, SkyrlError
+from skyrl.validation import validate
+
+if TYPE_CHECKING:
+    from skyrl.data.pool import PoolRow
+
+STEP = 0
+"""Part of every sample's seed. Training begins at step 1, so it never repeats these answers."""
+IN_FLIGHT = 2
+"""Chunks that are asked for at a time: one is sampled while the one before is scored."""
+HELP = """\
+Samples the starting policy on the training prompts and writes each prompt's pass rate to a Parquet file, so that
+training can leave out what is always right or always wrong.
+
+Usage: python -m skyrl.filter_prompts [group=option ...] [key=value ...]
+
+Settings are those of python -m skyrl.launch. The ones that matter most here:
+  filter.output=pool.parquet       the file written, when the whole pass is done
+  filter.rows=2000                 roll out the first rows only (default: all)
+  rollout.samples_per_prompt=8     answers to each prompt
+  rollout.prompts_per_step=64      prompts in one request
+
+Examples:
+  python -m skyrl.filter_prompts filter.rows=2000
+  python -m skyrl.filter_prompts data=parquet data.train_path=train.parquet data.eval_path=eval.parquet \\
+      model=huggingface model.policy=/path/to/model
+  python -m skyrl.launch data.pool_path=pool.parquet data.pool_max=0.9
+docs/selective_sample_buffer.md explains the pass, docs/configuration.md every setting.
+"""
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP, end="")
+        return
+    try:
+        if options := [argument for argument in arguments if argument.startswith("-")]:
+            raise ConfigError(f"{options[0]}: there is no such option; allowed are key=value and --help")
+        config = compose_config(arguments)
+        validate(config)
+        _check_output(Path(config.filter.output))
+    except ConfigError as error:
+        print(f"wrong settings:\n{error}", file=sys.stderr)
+        sys.exit(2)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in skyrl.launch: this process may train the embedded models
+    started = time.monotonic()
+    try:
+        filter_prompts(config, Console())
+    except KeyboardInterrupt:
+        print("interrupted; no pool was written", file=sys.stderr)
+        sys.exit(130)
+    except SkyrlError as error:
+        print(f"failed after {time.monotonic() - started:.0f} s: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def filter_prompts(cfg: Config, console: Console) -> Path:
+    """Roll out, score, write ``filter.output`` and print what the pool is like.
+
+    Returns:
+        The absolute path of the pool.
+
+    Raises:
+        SkyrlError: whatever went wrong in an actor, or if the pool can't be written. Nothing half-written is left.
+    """
+    import ray
+
+    from skyrl.actors.pools import fetch
+    from skyrl.actors.system import ray_session, start_system
+    from skyrl.data.pool import write_pool
+    from skyrl.run import model_folders
+
+    output = Path(cfg.filter.output).resolve()
+    # Actors on a joined cluster need not share this process's working folder.
+    paths = {name: getattr(cfg.data, name) for name in ("train_path", "eval_path")}
+    absolute = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **absolute))
+    policy, reward = model_folders(cfg)
+    try:
+        with ray_session(cfg, namespace=f"skyrl-filter-{cfg.name}-{os.getpid()}"):
+            console.print(f"starting {cfg.rollout.num_workers} rollout and {cfg.reward.num_workers} reward actors")
+            with start_system(cfg, policy, reward, learner=False) as system:
+                size = system.rows["train"]
+                count = min(size, cfg.filter.rows or size)
+                timeout = cfg.controller.timeout
+                rows = roll_out(cfg, system.pools, count, lambda parts: fetch(parts, timeout, "a chunk"), console)
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        raise cause if isinstance(cause, SkyrlError) else SkyrlError(str(error)) from error
+    except ray.exceptions.RayError as error:
+        raise SkyrlError(f"Ray: {error}") from error
+    origin = {
+        "policy": policy,
+        "samples_per_prompt": cfg.rollout.samples_per_prompt,
+        "temperature": cfg.rollout.temperature,
+        "seed": cfg.controller.seed,
+    }
+    try:
+        write_pool(output, rows, cfg.data, size, **origin)
+    except OSError as error:
+        raise SkyrlError(f"{output}: could not be written: {error}") from error
+    print_summary(rows, size, output, console)
+    return output
+
+
+def roll_out(
+    cfg: Config,
+    pools: Pools,
+    count: int,
+    fetch: Callable[[list[Handle]], list[list[SampleGroup]]],
+    console: Console,
+) -> list[PoolRow]:
+    """Sample and score the first ``count`` training rows, ``rollout.prompts_per_step`` at a time, with a progress bar.
+
+    Args:
+        fetch: gets the values of handles.
+
+    Returns:
+        One row per prompt, in order.
+    """
+    from skyrl.data.pool import PoolRow
+
+    rollout, found = cfg.rollout, list[PoolRow]()
+    asked: deque[tuple[range, list[Handle]]] = deque()
+    columns = (TextColumn("rolling out"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, refresh_per_second=2) as bar:
+        task = bar.add_task("", total=count)
+
+        def collect() -> None:
+            rows, handles = asked.popleft()
+            groups = [group for part in fetch(handles) for group in part]
+            found.extend(PoolRow.of(row, group) for row, group in zip(rows, groups, strict=True))
+            bar.update(task, completed=len(found))
+
+        for start in range(0, count, rollout.prompts_per_step):
+            rows = range(start, min(count, start + rollout.prompts_per_step))
+            request = RolloutRequest(
+                "train", tuple(rows), STEP, rollout.samples_per_prompt, greedy=False, seed=cfg.controller.seed
+            )
+            asked.append((rows, pools.reward.score(pools.rollout.generate(request))))
+            if len(asked) == IN_FLIGHT:
+                collect()
+        while asked:
+            collect()
+    return found
+
+
+def print_summary(rows: Sequence[PoolRow], size: int, output: Path, console: Console) -> None:
+    """A small table of the pool, and how to train on it.
+
+    Args:
+        rows: the pool.
+        size: rows of the whole training data.
+        output: the file.
+    """
+    rates = [row.pass_rate for row in rows if row.pass_rate is not None]
+    counts = {
+        "always right": sum(rate == 1 for rate in rates),
+        "always wrong": sum(rate == 0 for rate in rates),
+        "effective": sum(0 < rate < 1 for rate in rates),
+    }
+    if len(rates) < len(rows):
+        counts["not scored"] = len(rows) - len(rates)
+    table = Table(title="Prompt pool", title_justify="left", box=None, padding=(0, 2), pad_edge=False)
+    for name in ("", "prompts", "share"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, count in counts.items():
+        table.add_row(name, str(count), percent(count / len(rows)))
+    table.add_row("all", str(len(rows)), "")
+    console.print(table)
+    if len(rows) < size:
+        console.print(f"only the first {len(rows)} of {size} training rows are in it; training on it uses no others")
+    if not counts["effective"]:
+        console.print("no prompt is effective: there is nothing to train on with the default limits")
+    # A path that is wrapped can't be copied.
+    line = f"train on it, with the same data settings: python -m skyrl.launch data.pool_path={output}"
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _check_output(path: Path) -> None:
+    """Raise ConfigError now rather than after the pass."""
+    try:
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"filter.output={path}: its folder can't be made: {error}") from error
+    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+        raise ConfigError(f"filter.output={path}: must be a file in a folder that can be written to")
+
+
+if __name__ == "__main__":
+    main()
