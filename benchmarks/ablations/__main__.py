@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.ablations`` runs what is missing of the grid and writes ``docs/results/ablations.md`` with its
 plots. Each finished run is one line of ``docs/results/ablations.jsonl``: an interrupted grid goes on where it was.
-``--report`` only writes the document; ``--quick`` runs two methods for two steps with tiny models into ``--out``.
+``--report`` only writes the document; ``--quick`` runs a few methods for two steps with tiny models into ``--out``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, Queue
 
-from benchmarks.ablations.grid import METHODS, SEEDS, Job, Row, jobs
+from benchmarks.ablations.grid import METHODS, SEEDS, VARIANTS, Job, Row, jobs
 from benchmarks.ablations.report import write_report
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
-    parser.add_argument("--quick", action="store_true", help="two methods, two steps, tiny models; needs --out")
+    parser.add_argument("--quick", action="store_true", help="a few methods, two steps, tiny models; needs --out")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     if arguments.quick and arguments.out is None:
@@ -39,7 +39,9 @@ def main() -> None:
     out = arguments.out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     store = out / "ablations.jsonl"
-    methods, seeds = (["default", "mpo"], (0,)) if arguments.quick else (arguments.methods, tuple(arguments.seeds))
+    methods, seeds = (
+        (["default", "mpo", *VARIANTS], (0,)) if arguments.quick else (arguments.methods, tuple(arguments.seeds))
+    )
     if not arguments.report:
         wanted = [
             job for job in jobs(methods, seeds, arguments.quick) if job.key not in {row["key"] for row in read(store)}

@@ -69,6 +69,26 @@ METHODS: dict[str, tuple[str, ...]] = {
     "mpo_quantile": (*MPO, "algorithm.mpo.threshold.kind=quantile"),
 }
 
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "dropout_ntp": (*MPO, "algorithm.mpo.pairs=dropout_ntp", "algorithm.mpo.reference_every=1"),
+    "sequence_ratio": (
+        *("algorithm.grpo.ratio=sequence", "algorithm.grpo.kl_weight=0.01", "algorithm.grpo.kl_estimator=k2"),
+        *("buffer.unit=group", "buffer.fill_target=0.9", "algorithm.mpo.delta=exponential"),
+        *("algorithm.gate.kind=quantile", "algorithm.gate.min_labelled=2", "algorithm.gate.every=1"),
+    ),
+    "two_stages": (
+        *("algorithm=mpo_then_grpo", "algorithm.mpo_steps=1", "algorithm.mpo.pairs=rule"),
+        *(
+            "algorithm.grpo.surrogate=cispo",
+            "algorithm.grpo.mismatch=token_truncate",
+            "algorithm.grpo.aggregation=fixed",
+        ),
+        *("buffer.recency=0.9", "buffer.uniform_share=0.2", "buffer.eviction=smallest"),
+        *("buffer.importance_correction=true", "algorithm.grpo.filter=all"),
+    ),
+}
+"""Settings that no table needs; ``--quick`` runs them, so that each is known to work in the whole loop."""
+
 TABLES: dict[str, tuple[str, ...]] = {
     "Table 2": ("grpo", "grpo_ssb"),
     "Table 3": ("sft", "dpo", "mpo", "grpo_rule", "grpo", "mpo_then_grpo", "default"),
@@ -96,7 +116,7 @@ class Job:
         """Hydra overrides. Sampling and replay follow the seed, and so does the order of the prompts (see the worker);
         scenes and models are the same for all."""
         base = [*BASE, *QUICK] if self.quick else [*BASE]
-        return [*base, *METHODS[self.method], f"controller.seed={self.seed}"]
+        return [*base, *(METHODS | VARIANTS)[self.method], f"controller.seed={self.seed}"]
 
 
 def jobs(methods: list[str], seeds: tuple[int, ...], quick: bool) -> list[Job]:

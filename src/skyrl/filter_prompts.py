@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -107,7 +107,7 @@ def filter_prompts(cfg: Config, console: Console) -> Path:
     output = Path(cfg.filter.output).resolve()
     # Actors on a joined cluster need not share this process's working folder.
     paths = {name: getattr(cfg.data, name) for name in ("train_path", "eval_path")}
-    absolute = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    absolute: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **absolute))
     policy, reward = model_folders(cfg)
     try:

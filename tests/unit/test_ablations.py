@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.ablations.claims import CLAIMS, Claim
 from benchmarks.ablations.figures import best, difference, drop_from_best, final, interval, of, over_steps, rollouts_to
-from benchmarks.ablations.grid import METHODS, TABLES, Job, jobs
+from benchmarks.ablations.grid import METHODS, TABLES, VARIANTS, Job, jobs
 from benchmarks.ablations.report import shown, write_report
 from skyrl.launch import compose_config
 from skyrl.validation import validate
@@ -77,7 +77,7 @@ def test_verdict_is_the_side_of_the_interval(values: tuple[float, ...], verdict:
 
 
 def test_every_method_is_a_valid_configuration() -> None:
-    for job in jobs(list(METHODS), (0,), quick=False):
+    for job in [*jobs(list(METHODS), (0,), quick=False), *jobs(list(VARIANTS), (0,), quick=True)]:
         validate(compose_config(job.overrides()))
 
 
