@@ -39,9 +39,9 @@ def main() -> None:
     out = arguments.out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     store = out / "ablations.jsonl"
-    methods, seeds = (
-        (["default", "mpo", *VARIANTS], (0,)) if arguments.quick else (arguments.methods, tuple(arguments.seeds))
-    )
+    methods, seeds = arguments.methods, tuple(arguments.seeds)
+    if arguments.quick:
+        methods, seeds = ["default", "mpo", *VARIANTS], (0,)
     if not arguments.report:
         wanted = [
             job for job in jobs(methods, seeds, arguments.quick) if job.key not in {row["key"] for row in read(store)}

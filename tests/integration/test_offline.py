@@ -1,4 +1,4 @@
-"""Offline MPO from a file of pairs, on the real stack: nothing is sampled for training, and the policy learns the pairs."""
+"""Offline MPO from a file of pairs, on the real stack: nothing is sampled for training, the policy learns the pairs."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ METRICS: dict[str, MetricInfo] = {
     "learner/logprob_gap_fresh": _M(
         "nats",
         "Largest difference of the rollout's and the learner's log-probability over the tokens of fresh answers, "
-        "before the update.",
+        "before the update; absent where none is recorded (offline MPO).",
     ),
     # ---- reward
     "reward/total": _M("-", "Total hybrid reward, mean over the scored answers of the step."),
