@@ -85,6 +85,18 @@ CLAIMS = (
         "default", "grpo_rule", ACCURACY, 1,
     ),
     Claim(
+        "Section 3", "The same at the default's learning rate: it hallucinates less than GRPO on answers alone",
+        "no figure", "default_slow", "grpo_rule_slow", HALLUCINATION, -1,
+    ),
+    Claim(
+        "Section 3", "The same at the default's learning rate: it is more accurate than GRPO with the hybrid reward",
+        "no figure", "default_slow", "grpo_slow", ACCURACY, 1,
+    ),
+    Claim(
+        "Section 3", "Excessive reinforcement: a higher learning rate on answers alone hallucinates more", "no figure",
+        "grpo_rule", "grpo_rule_slow", HALLUCINATION, 1,
+    ),
+    Claim(
         "Table 4", "GRPO: the adapter alone beats LLM and adapter", "MMMU 73.6 against 72.1",
         "grpo_adapter", "grpo_language", ACCURACY, 1,
     ),

@@ -39,6 +39,8 @@ QUICK = (
 GRPO = ("algorithm=grpo", "buffer=off")
 MPO = ("algorithm=mpo", "buffer=off")
 
+SLOW = "learner.lr=1e-4"
+
 METHODS: dict[str, tuple[str, ...]] = {
     # Table 2
     "grpo": GRPO,
@@ -67,6 +69,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "mpo_middle": (*MPO, "algorithm.mpo.threshold.kind=fixed", "algorithm.mpo.threshold.value=2"),
     "mpo_high": (*MPO, "algorithm.mpo.threshold.kind=fixed", "algorithm.mpo.threshold.value=5"),
     "mpo_quantile": (*MPO, "algorithm.mpo.threshold.kind=quantile"),
+    # The default's own learning rate
+    "default_slow": (SLOW,),
+    "grpo_slow": (*GRPO, SLOW),
+    "grpo_rule_slow": (*GRPO, "reward=rule_only", SLOW),
 }
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -96,6 +102,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         *("grpo_adapter", "grpo_language", "grpo_vision", "grpo"),
         *("mpo_adapter", "mpo_language", "mpo_vision", "mpo"),
     ),
+    "Learning rate": ("default", "default_slow", "grpo", "grpo_slow", "grpo_rule", "grpo_rule_slow"),
     "Thresholds": ("mpo_low", "mpo_middle", "mpo_high", "mpo_quantile", "mpo"),
 }
 

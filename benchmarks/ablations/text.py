@@ -25,6 +25,7 @@ NOTES = {
     "preference term alone. `grpo_rule`: the verifier's reward alone. `grpo`: hybrid reward. `default`: MPO and GRPO "
     "in one step, SSB, calibrated threshold.",
     "table_4": "What is trained.",
+    "learning_rate": "The same at the default experiment's learning rate, 1e-4 (`_slow`), where less goes wrong.",
     "thresholds": "MPO alone under different thresholds on the reward-model margin of a pair: fixed at 0, 2 and 5, the "
     "median of recent margins, and risk-controlled (`mpo`, the default).",
 }
