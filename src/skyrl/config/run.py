@@ -31,8 +31,8 @@ class HallucinationConfig:
     """Monitors of visual hallucination; docs/hallucination.md describes each."""
 
     probe_prompts: int = 64
-    """Evaluation prompts with pictures that the image-blind and the masked-picture probe look at, at each evaluation.
-    Bounds their cost, which ``eval/probe_seconds`` shows; 0 turns them off."""
+    """Most evaluation prompts that the image-blind and the masked-picture probe look at, at each evaluation; those
+    without a picture are passed over. Bounds their cost, which ``eval/probe_seconds`` shows; 0 turns them off."""
     mask_share: float = 0.6
     """Share of a picture's patches that the masked-picture probe blackens."""
     mask_patch: int = 14

@@ -152,7 +152,7 @@ class RewardConfig:
     numeric_tolerance: float = 1e-6
     """Relative and absolute tolerance of the ``numeric`` verifier."""
     model_batch: int = 64
-    """Samples that the reward model scores in one forward pass."""
+    """Samples that the reward model scores in one forward pass; also the most prompts that it reads in one."""
     device: str = "cpu"
     """``cpu`` or ``cuda``, of the reward model."""
     num_cpus: float = 0.25
