@@ -28,14 +28,14 @@ def test_pairs_from_a_file_train_the_policy(make_config: Callable[..., Config], 
     cfg = make_config("offline", tmp_path / "run")
     cfg.algorithm.stage, cfg.algorithm.mpo.weight = Stage.mpo, 1.0
     cfg.data.pairs_path, cfg.data.pairs_per_step = str(tmp_path / "pairs.parquet"), 12
-    cfg.controller.steps, cfg.learner.warmup_steps = 4, 0
+    cfg.controller.steps, cfg.learner.warmup_steps, cfg.learner.lr = 6, 0, 2e-4
     run(cfg)
 
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "time/step" in record]
-    assert [record["mpo/pairs"] for record in steps] == [12.0] * 4
+    assert [record["mpo/pairs"] for record in steps] == [12.0] * 6
     assert not any("time/rollout" in record or "reward/total" in record for record in steps)
-    # The first step starts at the reference; after two passes the chosen answers have become the likelier ones.
+    # The first step starts at the reference; after three passes the chosen answers have become the likelier ones.
     assert steps[0]["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
     assert steps[-1]["loss/preference"] < steps[0]["loss/preference"] and steps[-1]["mpo/accuracy"] > 0.6
     assert steps[-1]["loss/generation"] < steps[0]["loss/generation"]

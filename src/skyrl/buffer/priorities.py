@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -75,6 +77,8 @@ class SumTree:
         return len(self._levels) - 1
 
 
+_Place = tuple[float, int, int]
+"""Key, number of arrival, leaf."""
 Mixture = Sequence[tuple[SumTree, float]]
 """Trees of equal size with their coefficients: the weight of a leaf is Σ coefficient · its weight in each tree."""
 
@@ -154,19 +158,23 @@ class Recency:
         """
         self.bits = -math.log2(recency)
         """Binary digits that a weight loses with each version."""
+        self._last: tuple[int, tuple[float, int]] = (0, (1.0, 0))  # most calls repeat the version of the one before
 
     def split(self, version: int) -> tuple[float, int]:
         """``(fraction, exponent)``: recency^(-version) = fraction · 2^exponent, fraction in [1, 2)."""
-        power = version * self.bits
-        exponent = math.floor(power)
-        return 2.0 ** (power - exponent), exponent
+        if version != self._last[0]:
+            power = version * self.bits
+            exponent = math.floor(power)
+            self._last = (version, (2.0 ** (power - exponent), exponent))
+        return self._last[1]
 
 
 class EvictionQueue:
     """Leaves in the order in which they make room: the smallest key first, among equals the one that came first.
 
-    A heap; a leaf that leaves from its middle stays there as a mark without meaning, which is passed over when it
-    comes up. When the marks outnumber the rest they are cleared. So each call costs O(log n), averaged over many.
+    Leaves that come in order wait in a line, the others in a heap; with equal keys it is the line alone. A leaf that
+    leaves from the middle stays there as a mark without meaning, which is passed over when it comes up. When the
+    marks outnumber the rest they are cleared. So each call costs O(log n) at most, averaged over many.
     """
 
     def __init__(self, size: int) -> None:
@@ -174,7 +182,8 @@ class EvictionQueue:
         Args:
             size: number of leaves.
         """
-        self._heap: list[tuple[float, int, int]] = []
+        self._line: deque[_Place] = deque()
+        self._heap: list[_Place] = []
         self._numbers = [-1] * size
         self._living = 0
         self.next_number = 0
@@ -185,7 +194,11 @@ class EvictionQueue:
 
     def push(self, leaf: int, key: float) -> None:
         """Add a leaf that is not in the queue."""
-        heapq.heappush(self._heap, (key, self.next_number, leaf))
+        place = (key, self.next_number, leaf)
+        if not self._line or self._line[-1] < place:
+            self._line.append(place)
+        else:
+            heapq.heappush(self._heap, place)
         self._numbers[leaf] = self.next_number
         self.next_number += 1
         self._living += 1
@@ -194,9 +207,9 @@ class EvictionQueue:
         """Take a leaf out, wherever it stands."""
         self._numbers[leaf] = -1
         self._living -= 1
-        if len(self._heap) > 2 * self._living + 64:
-            self._heap = [entry for entry in self._heap if self._numbers[entry[2]] == entry[1]]
-            heapq.heapify(self._heap)
+        if len(self._line) + len(self._heap) > 2 * self._living + 64:
+            # Sorted, so that all may stand in the line.
+            self._line, self._heap = deque(sorted(self._places())), []
 
     def first(self) -> tuple[float, int]:
         """``(key, leaf)`` of the leaf that goes next; it stays in the queue.
@@ -204,9 +217,12 @@ class EvictionQueue:
         Raises:
             IndexError: if the queue is empty.
         """
-        while self._numbers[self._heap[0][2]] != self._heap[0][1]:
-            heapq.heappop(self._heap)
-        key, _, leaf = self._heap[0]
+        line, heap, numbers = self._line, self._heap, self._numbers
+        while line and numbers[line[0][2]] != line[0][1]:
+            line.popleft()
+        while heap and numbers[heap[0][2]] != heap[0][1]:
+            heapq.heappop(heap)
+        key, _, leaf = heap[0] if heap and (not line or heap[0] < line[0]) else line[0]
         return key, leaf
 
     def number(self, leaf: int) -> int:
@@ -215,5 +231,7 @@ class EvictionQueue:
 
     def by_arrival(self) -> list[int]:
         """All leaves in the order in which they came."""
-        living = (entry for entry in self._heap if self._numbers[entry[2]] == entry[1])
-        return [leaf for _, leaf in sorted((number, leaf) for _, number, leaf in living)]
+        return [leaf for _, leaf in sorted((number, leaf) for _, number, leaf in self._places())]
+
+    def _places(self) -> Iterator[_Place]:
+        return (place for place in chain(self._line, self._heap) if self._numbers[place[2]] == place[1])

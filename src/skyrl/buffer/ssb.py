@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from skyrl.buffer.priorities import EvictionQueue, Recency, SumTree, draw_mixture
-from skyrl.buffer.store import Entry, Store, StoredPrompt, own_prompt, own_sample, read_records
+from skyrl.buffer.store import Entry, Store, StoredPrompt, by_prompt, own_prompt, own_sample, read_records
 from skyrl.config import BufferConfig, Eviction, Unit
 from skyrl.types import Sample, SampleGroup
 
@@ -97,7 +97,7 @@ class SelectiveSampleBuffer:
                 for unit in self._units(tuple(map(own_sample, samples))):
                     self._insert(self._entry(stored, unit), changed)
         self._set_weights(changed)
-        return sum(len(self._store[leaf].samples) for leaf in changed if self._queue.number(leaf) >= first)
+        return sum([len(self._store[leaf].samples) for leaf in changed if self._queue.number(leaf) >= first])
 
     def draw(self, n: int, version: int) -> list[Drawn]:
         """Drop what is older than ``max_age``, then draw up to ``n`` samples without replacement.
@@ -175,11 +175,7 @@ class SelectiveSampleBuffer:
             for leaf, (stored, samples) in zip(state["leaves"].tolist(), units, strict=True):
                 self._put(leaf, self._entry(stored, samples), changed)
         else:
-            groups: dict[int, tuple[StoredPrompt, tuple[Sample, ...]]] = {}
-            for stored, samples in units:
-                _, before = groups.get(id(stored), (stored, ()))
-                groups[id(stored)] = (stored, before + samples)
-            for stored, samples in groups.values():
+            for stored, samples in by_prompt(units):
                 for unit in self._units(samples):
                     self._insert(self._entry(stored, unit), changed)
         self._set_weights(changed)
@@ -210,14 +206,15 @@ class SelectiveSampleBuffer:
         for sample in group.samples:
             if not sample.effective:
                 continue
-            where = f"prompt {group.prompt.id}, sample {sample.index}"
             if not math.isfinite(sample.advantage):
-                raise ValueError(f"{where}: advantage is {sample.advantage}; allowed: finite")
+                raise ValueError(f"{_where(group, sample)}: advantage is {sample.advantage}; allowed: finite")
             if (made := sample.policy_version) > version:
-                raise ValueError(f"{where}: policy version {made}; allowed: up to {version}, the current")
-            priority = self._priority(sample)
-            if priority > PRIORITIES[1]:
-                raise ValueError(f"{where}: |{sample.advantage}|^{self.cfg.alpha:g} is above 1e50; lower alpha")
+                raise ValueError(
+                    f"{_where(group, sample)}: policy version {made}; allowed: up to {version}, the current"
+                )
+            if (priority := self._priority(sample)) > PRIORITIES[1]:
+                power = f"|{sample.advantage}|^{self.cfg.alpha:g}"
+                raise ValueError(f"{_where(group, sample)}: {power} is above 1e50; lower alpha")
             if priority > 0 and version - made <= self.cfg.max_age:
                 selected.append(sample)
         if self.cfg.unit is Unit.group and len(selected) > self.cfg.capacity:
@@ -231,28 +228,27 @@ class SelectiveSampleBuffer:
         return [samples] if self.cfg.unit is Unit.group else [(sample,) for sample in samples]
 
     def _entry(self, stored: StoredPrompt, samples: tuple[Sample, ...]) -> Entry:
-        priority = sum(map(self._priority, samples)) / len(samples)
-        return Entry(stored, samples, priority, min(sample.policy_version for sample in samples))
-
-    def _key(self, entry: Entry) -> float:
-        """Place in the order of eviction. For ``smallest`` log2 of the weight: its order is that at any version."""
+        priority = sum([self._priority(sample) for sample in samples]) / len(samples)
+        version = min([sample.policy_version for sample in samples])
         if self.cfg.eviction is Eviction.oldest:
-            return 0.0
-        return math.log2(entry.priority) + entry.version * self._recency.bits
+            return Entry(stored, samples, priority, version, eviction_key=0.0)
+        # log2 of the weight: its order is that of the priorities at any version.
+        return Entry(stored, samples, priority, version, math.log2(priority) + version * self._recency.bits)
 
     def _insert(self, entry: Entry, changed: dict[int, float]) -> None:
         """Make room and put the entry in, unless it is itself the first to go. New weights are noted in ``changed``."""
-        while not self._store.fits(entry):
+        store, count = self._store, len(entry.samples)
+        while store.size + count > store.capacity:
             key, leaf = self._queue.first()
-            if self._key(entry) < key:
+            if entry.eviction_key < key:
                 return
             self._release(leaf)
             changed[leaf] = 0.0
-        self._put(self._store.free.pop(), entry, changed)
+        self._put(store.free.pop(), entry, changed)
 
     def _put(self, leaf: int, entry: Entry, changed: dict[int, float]) -> None:
         self._store.put(leaf, entry)
-        self._queue.push(leaf, self._key(entry))
+        self._queue.push(leaf, entry.eviction_key)
         fraction, exponent = self._recency.split(entry.version)
         changed[leaf] = math.ldexp(entry.priority * fraction, exponent - self._shift)
 
@@ -280,6 +276,10 @@ class SelectiveSampleBuffer:
         self._tree.set(leaves, weights)
         if self._ones is not None:
             self._ones.set(leaves, weights > 0)
+
+
+def _where(group: SampleGroup, sample: Sample) -> str:
+    return f"prompt {group.prompt.id}, sample {sample.index}"
 
 
 def _check(cfg: BufferConfig) -> None:

@@ -23,7 +23,7 @@ class StoredPrompt:
     """Samples in the buffer that refer to it; at 0 it is no longer held."""
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Entry:
     """What is drawn and evicted as a whole: one sample, or all kept samples of a group."""
 
@@ -33,6 +33,8 @@ class Entry:
     """|A|^alpha, the mean over the samples."""
     version: int
     """Policy version of the oldest of them."""
+    eviction_key: float
+    """The smallest goes first, among equals the one that came first."""
 
 
 class Store:
@@ -54,9 +56,6 @@ class Store:
         entry = self._entries[leaf]
         assert entry is not None, f"leaf {leaf} is empty"
         return entry
-
-    def fits(self, entry: Entry) -> bool:
-        return self.size + len(entry.samples) <= self.capacity
 
     def put(self, leaf: int, entry: Entry) -> None:
         """Fill a leaf that the caller has taken off ``free``."""
@@ -108,7 +107,11 @@ class Store:
         }
 
 
-def read_records(state: dict[str, Any]) -> list[tuple[StoredPrompt, tuple[Sample, ...]]]:
+Record = tuple[StoredPrompt, tuple[Sample, ...]]
+"""A prompt and samples of it."""
+
+
+def read_records(state: dict[str, Any]) -> list[Record]:
     """Prompt and samples of each entry of :meth:`Store.records`, in order."""
     prompts = [StoredPrompt(prompt, ids) for prompt, ids in state["prompts"]]
     samples = iter(state["samples"])
@@ -116,6 +119,15 @@ def read_records(state: dict[str, Any]) -> list[tuple[StoredPrompt, tuple[Sample
         (prompts[place], tuple(next(samples) for _ in range(count)))
         for place, count in zip(state["unit_prompts"], state["counts"], strict=True)
     ]
+
+
+def by_prompt(records: list[Record]) -> list[Record]:
+    """All samples of each prompt together, in the order of the prompts' first records."""
+    joined: dict[int, Record] = {}
+    for stored, samples in records:
+        _, before = joined.get(id(stored), (stored, ()))
+        joined[id(stored)] = (stored, before + samples)
+    return list(joined.values())
 
 
 def _own(array: np.ndarray) -> np.ndarray:
