@@ -1,7 +1,8 @@
 """What the paper claims, and what the grid says of it.
 
 A verdict is a rule, not a reading: the paired difference over seeds with its 95 % interval. *Seen*: the interval lies
-on the claimed side of 0. *Seen otherwise*: on the other side. *Not seen*: it holds 0.
+on the claimed side of 0. *Seen otherwise*: on the other side. *Not seen*: it holds 0. *Unfinished*: not all
+seeds of the grid have run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.ablations.figures import Figure, Interval, difference, drop_from_best, final, over_steps
-from benchmarks.ablations.grid import Row
+from benchmarks.ablations.grid import SEEDS, Row
 
 ACCURACY, HALLUCINATION = final("eval/accuracy"), final("eval/hallucination")
 FRESH, FILLED = "buffer/effective_share_fresh", "buffer/effective_share"
@@ -37,8 +38,8 @@ class Claim:
 
     def verdict(self, rows: Sequence[Row]) -> str:
         found = self.measure(rows)
-        if found.count < 2:
-            return "not measured yet"
+        if found.count < len(SEEDS):
+            return "unfinished" if found.count else "not measured yet"
         return {self.sign: "seen", 0: "not seen", -self.sign: "seen otherwise"}[found.sign]
 
 

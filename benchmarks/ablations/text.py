@@ -17,7 +17,7 @@ show, not whether the figures repeat."""
 NOTES = {
     "verdicts": "*Seen*: the 95 % interval of the paired difference over seeds lies on the claimed side of 0; *seen "
     "otherwise*: on the other side; *not seen*: it holds 0. With three seeds the t factor is 4.3, so small effects "
-    "stay *not seen*.",
+    "stay *not seen*. *Unfinished*: not all seeds of the grid have run.",
     "table_2": "GRPO with the hybrid reward, without and with the Selective Sample Buffer, at equal rollouts.",
     "efficiency": "*Fresh* answers are those sampled in the step, the *batch* also counts replayed ones. Rollouts are "
     "answers sampled until the evaluated accuracy first reaches the figure; a seed that never does is left out.",

@@ -64,7 +64,8 @@ def test_figures_of_a_run() -> None:
         ((0.30, 0.31, 0.29), "seen"),
         ((-0.30, -0.31, -0.29), "seen otherwise"),
         ((0.3, -0.3, 0.0), "not seen"),
-        ((0.3,), "not measured yet"),
+        ((0.3, 0.31), "unfinished"),
+        ((), "not measured yet"),
     ],
 )
 def test_verdict_is_the_side_of_the_interval(values: tuple[float, ...], verdict: str) -> None:
