@@ -50,6 +50,7 @@ def run(cfg: Config) -> dict[str, Any]:
     cfg = dataclasses.replace(cfg, data=_absolute_paths(cfg.data))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", cfg)
+    rows = pool_rows(cfg.data)
     policy, reward = model_folders(cfg)
     try:
         with ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}") as dashboard:
@@ -58,7 +59,6 @@ def run(cfg: Config) -> dict[str, Any]:
             counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
             console.print("starting {} rollout, {} reward and {} learner actors, 1 sample buffer".format(*counts))
             with start_system(cfg, policy, reward) as system:
-                rows = pool_rows(cfg.data)
                 stream = PromptStream(system.rows["train"] if rows is None else len(rows), cfg.data.seed)
                 with closing(_sinks(cfg, run_dir, checkpoint, console)) as sinks:
                     controller = Controller(cfg, system.pools, stream, system.rows["eval"], sinks, run_dir, rows)

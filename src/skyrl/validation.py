@@ -17,6 +17,7 @@ from skyrl.config import (
     Stage,
     Surrogate,
     ThresholdKind,
+    Unit,
     WeightSync,
 )
 from skyrl.config.ranges import (
@@ -24,6 +25,7 @@ from skyrl.config.ranges import (
     DEVICES,
     DTYPES,
     EMBEDDED_POSITIONS,
+    MAX_DECAY_BITS,
     MIN_CONFIDENCE,
     NOT_NEGATIVE,
     OPEN_SHARES,
@@ -126,6 +128,7 @@ def _combinations(cfg: Config) -> Iterator[str]:
         )
     yield from _reward_combinations(cfg)
     yield from _objective_combinations(cfg)
+    yield from _buffer_combinations(cfg)
     yield from _thresholds(cfg)
     yield from _data_combinations(cfg)
     yield from _device_combinations(cfg)
@@ -174,6 +177,20 @@ def _objective_combinations(cfg: Config) -> Iterator[str]:
         yield f"data.pairs_path with algorithm.stage={stage.value}: offline pairs train MPO alone; set stage=mpo"
     if cfg.data.pairs_path is not None and not Path(cfg.data.pairs_path).is_file():
         yield f"data.pairs_path={cfg.data.pairs_path}: no such file; it must be a Parquet file of pairs"
+
+
+def _buffer_combinations(cfg: Config) -> Iterator[str]:
+    buffer = cfg.buffer
+    if 0 < buffer.recency <= 1 and -math.log2(buffer.recency) * buffer.max_age > MAX_DECAY_BITS:
+        yield (
+            f"buffer.recency={buffer.recency} with buffer.max_age={buffer.max_age}: the oldest sample would never be "
+            f"drawn (recency^max_age is below 2^-{MAX_DECAY_BITS}); raise recency or lower max_age"
+        )
+    if buffer.unit is Unit.group and buffer.capacity < cfg.rollout.samples_per_prompt:
+        yield (
+            f"buffer.capacity={buffer.capacity} with buffer.unit=group: a group of rollout.samples_per_prompt="
+            f"{cfg.rollout.samples_per_prompt} would not fit; raise the capacity"
+        )
 
 
 def _thresholds(cfg: Config) -> Iterator[str]:

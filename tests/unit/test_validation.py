@@ -20,6 +20,7 @@ from skyrl.config import (
     Stage,
     Surrogate,
     ThresholdKind,
+    Unit,
     WeightSync,
 )
 from skyrl.config.ranges import AT_LEAST_ONE, NOT_NEGATIVE, OPEN_SHARES, OPTIONAL_NOT_NEGATIVE, POSITIVE, SHARES
@@ -228,6 +229,14 @@ def empty_pool_range(cfg: Config) -> None:
     cfg.data.pool_min = cfg.data.pool_max = 0.5
 
 
+def never_drawn(cfg: Config) -> None:
+    cfg.buffer.recency, cfg.buffer.max_age = 0.5, 501
+
+
+def group_that_does_not_fit(cfg: Config) -> None:
+    cfg.buffer.unit, cfg.buffer.capacity = Unit.group, 7
+
+
 def unsure_risk(cfg: Config) -> None:
     cfg.algorithm.gate.kind, cfg.algorithm.gate.confidence = ThresholdKind.risk_controlled, 0.5
 
@@ -275,6 +284,8 @@ def shared_memory_on_gpus(cfg: Config) -> None:
         (no_pairs_file, ["data.pairs_path=/no/such/file"]),
         (no_pool_file, ["data.pool_path=/no/such/file", "filter_prompts"]),
         (empty_pool_range, ["data.pool_min=0.5", "data.pool_max=0.5"]),
+        (never_drawn, ["buffer.recency=0.5", "buffer.max_age=501"]),
+        (group_that_does_not_fit, ["buffer.capacity=7", "rollout.samples_per_prompt=8"]),
         (unsure_risk, ["algorithm.gate.confidence=0.5", "0.6 or more"]),
         # 0.9^21 = 0.109 > 0.1 >= 0.9^22
         (too_few_to_show_the_risk, ["algorithm.gate.min_labelled=21", "22 or more"]),

@@ -175,8 +175,8 @@ class EvictionQueue:
     """Leaves in the order in which they make room: the smallest key first, among equals the one that came first.
 
     Leaves that come in order wait in a line; with equal keys it is the line alone. The others are sorted roughly, into
-    buckets of similar keys, of which only the lowest is kept as a heap: one heap of a million would cost ten cache
-    misses a call. A leaf that leaves from the middle stays there as a mark without meaning, which is passed over
+    buckets of similar keys, of which only the lowest is kept as a heap: one heap of a million would miss the
+    cache at every level. A leaf that leaves from the middle stays there as a mark without meaning, which is passed over
     when it comes up. When the marks outnumber the rest they are cleared.
     """
 

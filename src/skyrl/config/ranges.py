@@ -83,6 +83,8 @@ SHARES = (
 )
 MIN_CONFIDENCE = 0.6
 """Smallest confidence of a risk-controlled threshold: ``algorithms/thresholds.py`` says why."""
+MAX_DECAY_BITS = 500
+"""Largest -log2(recency) · max_age: ``buffer/ssb.py`` keeps such powers in range."""
 OPEN_SHARES = (
     "algorithm.mpo.threshold.quantile",
     "algorithm.mpo.threshold.target_risk",
