@@ -45,7 +45,8 @@ def _panels(
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(fontsize=8, frameon=False)
+    if axes[0][0].get_legend_handles_labels()[0]:  # nothing is drawn where no run has the metric
+        axes[0][0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
