@@ -6,6 +6,10 @@ fresh processes without Ray, the two parts that no such system can avoid, on the
 * ``generate``: vLLM's own ``LLM.generate`` with ready-made inputs;
 * ``forward_backward``: a plain PyTorch forward and backward pass of the same micro-batches, with no optimizer step.
 
+The learner runs equal rows once (a policy of this size often repeats its answer), the plain pass does not. So there is
+a third, ``forward_backward_distinct``, over the distinct rows only, and ``ratio_distinct`` with it: what the ratio
+would be if the plain pass knew that trick too.
+
 The learning rate is so small that the policy stays the same, so every part sees the same token counts. Medians of the
 steps after the warm-up. ``--json`` prints one line with ``ratio`` and the parts, in seconds.
 """
@@ -21,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +39,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--steps", type=int, default=20, help="steps measured, the warm-up included")
     parser.add_argument("--warm-up", type=int, default=8, help="steps that are not counted")
-    parser.add_argument("--part", choices=["generate", "forward_backward"], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.warm_up >= arguments.steps:
         parser.error(f"--warm-up {arguments.warm_up} must be less than --steps {arguments.steps}")
     if arguments.part:
-        seconds = {"generate": bare_generate, "forward_backward": bare_forward_backward}[arguments.part](arguments.work)
+        seconds = PARTS[arguments.part](arguments.work)
         (arguments.work / f"{arguments.part}.json").write_text(json.dumps(seconds))
         return
     with tempfile.TemporaryDirectory() as work:
@@ -55,7 +61,7 @@ def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
     result = {"step": _median(record["time/step"] for record in records[warm_up:])}
     for phase in PHASES:
         result[phase] = _median(record[f"time/{phase}"] for record in records[warm_up:])
-    for part in ("generate", "forward_backward"):
+    for part in PARTS:
         command = [sys.executable, __file__, "--part", part, "--work", str(work)]
         # The same environment as the actors have: only the system's own work may make a difference.
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | COMMON_ENVIRONMENT)
@@ -63,7 +69,8 @@ def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
             raise SystemExit(f"{part} failed:\n{done.stderr[-3000:]}")
         result[f"bare_{part}"] = _median(json.loads((work / f"{part}.json").read_text())[warm_up:])
     bare = result["bare_generate"] + result["bare_forward_backward"]
-    return {"ratio": result["step"] / bare, "bare": bare, **result}
+    distinct = result["bare_generate"] + result["bare_forward_backward_distinct"]
+    return {"ratio": result["step"] / bare, "ratio_distinct": result["step"] / distinct, "bare": bare, **result}
 
 
 def config() -> Any:
@@ -164,12 +171,15 @@ def bare_generate(work: Path) -> list[float]:
     return seconds
 
 
-def bare_forward_backward(work: Path) -> list[float]:
-    """Seconds of plain forward and backward passes over each recorded train batch, collation not counted."""
+def bare_forward_backward(work: Path, distinct: bool = False) -> list[float]:
+    """Seconds of plain forward and backward passes over each recorded train batch, collation not counted.
+
+    ``distinct`` leaves out rows that another of their micro-batch equals.
+    """
     import torch
 
     from skyrl.data.encode import PromptEncoder
-    from skyrl.data.packing import plan_micro_batches
+    from skyrl.data.packing import distinct_rows, plan_micro_batches
     from skyrl.models.policy import PolicyModule, load_policy
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -180,8 +190,9 @@ def bare_forward_backward(work: Path) -> list[float]:
     for batch in batches:
         lengths = [len(item.prompt_ids) + len(item.sample.token_ids) for item in batch.items]
         plan = plan_micro_batches(lengths, batch.pairs, 1, config().learner.micro_batch_tokens)[0]
-        rows = [[batch.items[i] for i in part] for part in plan]
-        micro = [encoder.collate([(r.prompt, r.prompt_ids, r.sample.token_ids) for r in part]) for part in rows]
+        items = [[batch.items[i] for i in part] for part in plan]
+        rows = [[(item.prompt, item.prompt_ids, item.sample.token_ids) for item in part] for part in items]
+        micro = [encoder.collate(distinct_rows(part)[0] if distinct else part) for part in rows]
         module.zero_grad()
         started = time.perf_counter()
         for part in micro:
@@ -190,13 +201,22 @@ def bare_forward_backward(work: Path) -> list[float]:
     return seconds
 
 
+PARTS: dict[str, Callable[[Path], list[float]]] = {
+    "generate": bare_generate,
+    "forward_backward": bare_forward_backward,
+    "forward_backward_distinct": partial(bare_forward_backward, distinct=True),
+}
+
+
 def table(result: dict[str, float]) -> str:
     """The result for people."""
     lines = [f"{'part':<28}{'seconds':>9}", f"{'whole step':<28}{result['step']:>9.3f}"]
     lines += [f"  {phase:<26}{result[phase]:>9.3f}" for phase in PHASES]
     lines += [f"{'bare parts':<28}{result['bare']:>9.3f}"]
     lines += [f"  {part:<26}{result[f'bare_{part}']:>9.3f}" for part in ("generate", "forward_backward")]
-    return "\n".join([*lines, f"{'ratio':<28}{result['ratio']:>9.2f}"])
+    lines += [f"{'ratio':<28}{result['ratio']:>9.2f}", "", "the plain pass, equal rows once"]
+    lines += [f"  {'forward_backward_distinct':<26}{result['bare_forward_backward_distinct']:>9.3f}"]
+    return "\n".join([*lines, f"{'ratio with it':<28}{result['ratio_distinct']:>9.2f}"])
 
 
 def _median(values: Any) -> float:

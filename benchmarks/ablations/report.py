@@ -12,7 +12,7 @@ from benchmarks.ablations.grid import BASE, METHODS, TABLES, Row
 from benchmarks.ablations.plots import evaluation_curves, step_curves
 from benchmarks.ablations.text import HEAD, NOTES
 
-KINDS = ("sum", "max", "min", "count", "row_difference", "text_arithmetic")
+KINDS = ("max", "min", "count", "text_arithmetic")
 ACCURACIES = (0.65, 0.70, 0.75)
 CURVES = (("eval/accuracy", "accuracy (greedy, held out)"), ("eval/hallucination", "hallucination rate"))
 Column = tuple[str, Figure, float]

@@ -33,6 +33,7 @@ from skyrl.config.ranges import (
     PICTURE_KINDS,
     POSITIVE,
     SHARES,
+    fewest_candidates,
 )
 from skyrl.types import ConfigError
 
@@ -207,7 +208,7 @@ def _thresholds(cfg: Config) -> Iterator[str]:
                 "more, or its bound does not hold"
             )
         # With fewer, even a spotless sample can't show that the risk is under its target.
-        need = math.floor(math.log(1 - threshold.confidence) / math.log(1 - threshold.target_risk)) + 1
+        need = fewest_candidates(threshold.target_risk, threshold.confidence)
         if threshold.min_labelled < need:
             yield (
                 f"{key}.min_labelled={threshold.min_labelled}: target_risk={threshold.target_risk} with confidence="

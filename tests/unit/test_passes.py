@@ -12,7 +12,7 @@ import torch
 from skyrl.config import AlgorithmConfig, HallucinationConfig, Stage
 from skyrl.data.encode import EncodedBatch
 from skyrl.data.pictures import mask_picture
-from skyrl.learner.passes import Share, pair_members, score_groups, score_share
+from skyrl.learner.passes import Rows, Share, distinct_share, pair_members, score_groups, score_share
 from skyrl.learner.probe import masked_group, picture_drop_metrics, probed_groups
 from skyrl.models.policy import PolicyModule
 from skyrl.types import PreferencePair, Prompt, Sample, SampleGroup, TrainBatch, TrainItem
@@ -84,6 +84,51 @@ def test_groups_are_scored_within_the_token_budget(policy: Policy) -> None:
 def share(policy: Policy, parts: list[list[int]]) -> Share:
     items = [TrainItem(g.prompt, g.prompt_ids, g.samples[0], 0.0) for g in policy.groups()]
     return Share.of(TrainBatch(1, items, [PreferencePair(0, 3, 1.0)], 0, 0), parts, policy.encoder, CPU)
+
+
+def repeated(policy: Policy) -> list[TrainItem]:
+    """Items a, b, a, a, c: the same answer to the same prompt three times."""
+    groups = policy.groups()
+    return [TrainItem(g.prompt, g.prompt_ids, g.samples[0], 0.0) for g in (groups[i] for i in (0, 1, 0, 0, 2))]
+
+
+def test_equal_rows_run_once_and_keep_their_places(policy: Policy) -> None:
+    batch = TrainBatch(1, repeated(policy), [], 0, 0)
+    step = Share.of(batch, [[0, 1, 2], [3, 4]], policy.encoder, CPU)
+    every = [one_by_one(policy, g) for g in policy.groups()]
+    for collective in (False, True):
+        policy.passes.clear()
+        found = score_share(policy, step, set(range(5)), policy.encoder, CPU, collective)
+        assert policy.passes == [2, 2]
+        np.testing.assert_allclose(found[0], np.concatenate([every[0], every[1], every[0]]), atol=2e-5)
+        np.testing.assert_allclose(found[1], np.concatenate([every[0], every[2]]), atol=2e-5)
+    policy.passes.clear()
+    found = score_share(policy, step, {0, 2}, policy.encoder, CPU, False)
+    assert policy.passes == [1]
+    np.testing.assert_allclose(found[0], np.concatenate([every[0], 0 * every[1], every[0]]), atol=2e-5)
+    assert distinct_share(batch) == pytest.approx(3 / 5)
+    policy.passes.clear()
+    groups = [policy.groups()[0]] * 3
+    scored = score_groups(policy, groups, policy.encoder, CPU, 10_000)
+    assert policy.passes == [2]
+    assert all(np.array_equal(scored[i], scored[i % 2]) for i in range(6))
+
+
+def test_gradients_of_equal_rows_add_up(policy: Policy) -> None:
+    """Σ w_i log π(row i) has the same gradient whether equal rows run once or each by itself."""
+    items, weights = repeated(policy), [1.0, -2.0, 0.5, 3.0, 1.0]
+    rows = [(item.prompt, item.prompt_ids, item.sample.token_ids) for item in items]
+    lengths = torch.tensor([len(row[2]) for row in rows])
+    per_token = torch.tensor(weights).repeat_interleave(lengths)
+    once = Rows.of(rows, policy.encoder, CPU)
+    gradients = []
+    for encoded, places in ((once.encoded, once.places), (policy.encoder.collate(rows), slice(None))):
+        policy.module.zero_grad()
+        (per_token * policy.module(encoded)[0][places]).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in policy.module.named_parameters() if p.grad is not None})
+    assert len(once.encoded.input_ids) == 3 and gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("collective", [False, True])

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skyrl.algorithms.thresholds import Threshold, clopper_pearson_upper, risk_controlled
-from skyrl.config import ThresholdConfig, ThresholdKind
+from skyrl.algorithms.thresholds import Threshold, clopper_pearson_upper, risk_controlled, strictest
+from skyrl.config import ThresholdConfig, ThresholdFallback, ThresholdKind
+from skyrl.config.ranges import fewest_candidates
 
 TARGET, CONFIDENCE = 0.1, 0.9
 
@@ -50,30 +51,58 @@ def test_bound_of_nonsense(bad: int, total: int, confidence: float) -> None:
         clopper_pearson_upper(bad, total, confidence)
 
 
+def walk(scores: object, bad: object, target: float, confidence: float) -> float | None:
+    """One walk from the first level."""
+    return risk_controlled(scores, bad, target, confidence, starts=(2,))
+
+
 def test_walk_by_hand() -> None:
     # Target 0.5, confidence 0.75: (1 - 0.5)^n = 0.25 at n = 2, so the walk begins with three samples.
     scores = np.arange(10, 0, -1.0)
     good = np.zeros(10, dtype=bool)
-    assert risk_controlled(scores, good, 0.5, 0.75) == 1.0
-    assert risk_controlled(scores[:2], good[:2], 0.5, 0.75) is None  # too few, though none is bad
-    assert risk_controlled(scores[:3], good[:3], 0.5, 0.75) == 8.0
+    assert walk(scores, good, 0.5, 0.75) == 1.0
+    assert walk(scores[:2], good[:2], 0.5, 0.75) is None  # too few, though none is bad
+    assert walk(scores[:3], good[:3], 0.5, 0.75) == 8.0
     # One bad of three at p = 0.5: P(at most one) = 4/8 > 0.25: the first test fails, whatever comes below.
-    assert risk_controlled(scores, scores == 9, 0.5, 0.75) is None
+    assert walk(scores, scores == 9, 0.5, 0.75) is None
     # Bad are 4th to 10th. One of 4: P(<=1 at 0.5) = 5/16 > 0.25. So only the first three pass.
-    assert risk_controlled(scores, scores <= 7, 0.5, 0.75) == 8.0
+    assert walk(scores, scores <= 7, 0.5, 0.75) == 8.0
     # Bad are 5th to 10th: 1 of 5: 6/32 <= 0.25 passes, 2 of 6: 22/64 > 0.25 does not.
-    assert risk_controlled(scores, scores <= 6, 0.5, 0.75) == 6.0
-    assert risk_controlled([], [], 0.5, 0.75) is None
+    assert walk(scores, scores <= 6, 0.5, 0.75) == 6.0
+    assert walk([], [], 0.5, 0.75) is None
     # A walk never jumps over a failure: 1 of 4 fails, 1 of 5, 6 … 10 would pass.
-    assert risk_controlled(scores, scores == 7, 0.5, 0.75) == 8.0
+    assert walk(scores, scores == 7, 0.5, 0.75) == 8.0
+
+
+def test_second_walk_by_hand() -> None:
+    # Target 0.5, confidence 0.75, two walks: each has 0.125, and 0.5^n = 0.125 at n = 3: at least four samples.
+    scores = np.arange(10, 0, -1.0)
+    good = np.zeros(10, dtype=bool)
+    assert risk_controlled(scores[:3], good[:3], 0.5, 0.75) is None
+    assert risk_controlled(scores[:4], good[:4], 0.5, 0.75) == 7.0
+    # The first walk fails at once: 1 of 4: 5/16 > 0.125. The second begins at six: 1 of 6: 7/64 <= 0.125, and so on.
+    assert risk_controlled(scores, scores == 9, 0.5, 0.75) == 1.0
+    # Bad are the 2nd and the 8th to 10th. 1 of 6 and 1 of 7 pass, 2 of 8: 37/256 > 0.125.
+    assert risk_controlled(scores, (scores == 9) | (scores <= 3), 0.5, 0.75) == 4.0
+    # Bad are the 5th to 10th: the first walk passes at four and fails at 1 of 5 (6/32); the second fails at 2 of 6.
+    assert risk_controlled(scores, scores <= 6, 0.5, 0.75) == 7.0
+    # Bad are the 2nd and the 5th: neither walk passes its first test, though 2 of 10 (56/1024) would pass.
+    assert risk_controlled(scores, (scores == 9) | (scores == 6), 0.5, 0.75) is None
+
+
+def test_strictest_lets_the_highest_tenth_pass() -> None:
+    scores = np.random.default_rng(0).permutation(30).astype(float)
+    assert strictest(scores) == 27.0
+    assert strictest(scores[:31]) == 27.0 and strictest([4.0]) == 4.0 and strictest([1.0, 5.0, 2.0]) == 5.0
+    assert strictest(np.arange(31.0)) == 27.0  # four: at least a tenth
 
 
 def test_equal_scores_pass_together() -> None:
     scores, bad = np.repeat([3.0, 2.0, 1.0, 0.0], 10), np.repeat([0, 0, 1, 1], 10)
-    assert risk_controlled(scores, bad, 0.4, 0.75) == 2.0
+    assert walk(scores, bad, 0.4, 0.75) == 2.0
     # Three of the ten at 3.0 are the first level's count, but all ten pass: five bad are too many.
-    assert risk_controlled(np.full(10, 3.0), [0] * 5 + [1] * 5, 0.5, 0.75) is None
-    assert risk_controlled(np.full(30, 3.0), [0] * 30, 0.1, 0.9) == 3.0
+    assert walk(np.full(10, 3.0), [0] * 5 + [1] * 5, 0.5, 0.75) is None
+    assert walk(np.full(30, 3.0), [0] * 30, 0.1, 0.9) == 3.0
 
 
 def drawn(rng: np.random.Generator, size: int, risk: Callable[[np.ndarray], np.ndarray]) -> tuple:
@@ -129,12 +158,24 @@ def test_simpler_rules_do_not_control_it() -> None:
     assert too_risky(unordered, flat, lambda tau: 0.101, 200, 100, 2) > 0.2
 
 
+def mild(scores: np.ndarray) -> np.ndarray:
+    return 0.03 + 0.08 * (1 - scores)  # all pass at a risk of 0.07
+
+
 def test_it_is_not_merely_cautious() -> None:
+    """Both starts together lose a little where only the best scores are safe and gain much where nearly all are."""
     rng = np.random.default_rng(3)
-    taus = [ours(*drawn(rng, 512, falling)) for _ in range(200)]
-    accepted = [0.0 if tau is None else 1 - tau for tau in taus]
-    assert np.mean(accepted) > 0.2  # of at most 0.5
-    assert np.mean([tau is None for tau in taus]) < 0.1
+    passed = {}
+    for name, risk in (("falling", falling), ("mild", mild)):
+        sets = [drawn(rng, 512, risk) for _ in range(200)]
+        for rule in (ours, lambda *one: walk(*one, TARGET, CONFIDENCE)):
+            taus = [rule(*one) for one in sets]
+            nothing = float(np.mean([tau is None for tau in taus]))
+            passed[name, rule is ours] = float(np.mean([0.0 if tau is None else 1 - tau for tau in taus])), nothing
+    assert passed["falling", True][0] > 0.15  # of at most 0.5
+    assert passed["falling", False][0] > 0.2 and passed["falling", False][1] < 0.1
+    assert passed["mild", True][0] > passed["mild", False][0] + 0.1
+    assert passed["mild", True][0] > 0.8 and passed["mild", True][1] < 0.12 < passed["mild", False][1]
 
 
 @settings(deadline=None)
@@ -162,11 +203,11 @@ def test_more_caution_or_more_bad_ones_never_lower_the_threshold(labels: list[bo
 
     base = tau(bad, 0.4, 0.7)
     assert tau(bad, 0.4, 0.7) <= tau(bad | (scores == data.draw(st.sampled_from(scores.tolist()))), 0.4, 0.7)
-    # The walk begins with three samples at both targets (log 0.3 / log 0.6 = 2.36, log 0.3 / log 0.61 = 2.44).
+    # Walks begin with at least four samples at both targets (log 0.15 / log 0.6 = 3.71, log 0.15 / log 0.61 = 3.84).
     assert base <= tau(bad, 0.39, 0.7)
 
 
-def config(kind: str, **changes: float) -> ThresholdConfig:
+def config(kind: str, **changes: object) -> ThresholdConfig:
     return ThresholdConfig(kind=ThresholdKind(kind), value=2.0, **changes)  # type: ignore[arg-type]
 
 
@@ -190,26 +231,49 @@ def test_schedule_window_and_quantile() -> None:
     assert threshold.calibrate(10) and threshold.value == 3.0
 
 
-def test_risk_controlled_closes_and_opens_again() -> None:
-    threshold = Threshold(config("risk_controlled", target_risk=0.5, confidence=0.75, every=1, window=10))
+@pytest.mark.parametrize(
+    ("target", "confidence", "walks"), [(0.1, 0.9, 2), (0.1, 0.9, 1), (0.5, 0.75, 2), (0.03, 0.95, 3)]
+)
+def test_fewest_candidates_are_just_enough(target: float, confidence: float, walks: int) -> None:
+    count = fewest_candidates(target, confidence, walks)
+    starts = (2, 12, 20)[:walks]
+    scores = np.arange(float(count))
+    assert risk_controlled(scores, np.zeros(count), target, confidence, starts) == 0.0
+    assert risk_controlled(scores[1:], np.zeros(count - 1), target, confidence, starts) is None
+
+
+def test_risk_controlled_falls_back_and_recovers() -> None:
+    changes = {"target_risk": 0.5, "confidence": 0.75, "every": 1, "window": 10}
+    threshold = Threshold(config("risk_controlled", **changes))
     threshold.observe(np.arange(10.0), np.full(10, math.nan))  # unknown: of no use
-    assert threshold.metrics("gate/") == {"gate/labelled": 0.0, "gate/tau": 2.0, "gate/closed": 0.0}
+    assert threshold.metrics("gate/") == {"gate/labelled": 0.0, "gate/tau": 2.0, "gate/controlled": 0.0}
     threshold.cfg.min_labelled = 10
     threshold.observe(np.arange(10.0), np.ones(10))
-    assert threshold.calibrate(2) and threshold.value == math.inf
+    assert threshold.calibrate(2) and threshold.value == 9.0
+    assert threshold.metrics("gate/") == {
+        "gate/labelled": 10.0,
+        "gate/tau": 9.0,
+        "gate/controlled": 0.0,
+        "gate/acceptance": 0.1,
+        "gate/risk": 1.0,
+        "gate/risk_bound": 1.0,
+    }
+    threshold.cfg.fallback = ThresholdFallback.nothing
+    assert threshold.calibrate(3) and threshold.value == math.inf
     metrics = threshold.metrics("gate/")
     assert math.isnan(metrics.pop("gate/risk"))
-    assert metrics == {"gate/labelled": 10.0, "gate/closed": 1.0, "gate/acceptance": 0.0, "gate/risk_bound": 1.0}
-    threshold.observe(np.arange(10.0), np.arange(10) <= 5)
-    assert threshold.calibrate(3) and threshold.value == 5.0
+    assert metrics == {"gate/labelled": 10.0, "gate/controlled": 0.0, "gate/acceptance": 0.0, "gate/risk_bound": 1.0}
+    threshold.observe(np.arange(10.0), np.arange(10) <= 4)
+    # 1 bad of 6: 7/64 <= 0.125 passes, 2 of 7: 29/128 does not.
+    assert threshold.calibrate(4) and threshold.value == 4.0
     metrics = threshold.metrics()
-    assert metrics.pop("threshold/risk_bound") == pytest.approx(clopper_pearson_upper(1, 5, 0.75))
+    assert metrics.pop("threshold/risk_bound") == pytest.approx(clopper_pearson_upper(1, 6, 0.75))
+    assert metrics.pop("threshold/risk") == pytest.approx(1 / 6)
     assert metrics == {
         "threshold/labelled": 10.0,
-        "threshold/tau": 5.0,
-        "threshold/closed": 0.0,
-        "threshold/acceptance": 0.5,
-        "threshold/risk": 0.2,
+        "threshold/tau": 4.0,
+        "threshold/controlled": 1.0,
+        "threshold/acceptance": 0.6,
     }
 
 
@@ -246,7 +310,7 @@ def test_state_goes_through_json(kind: str) -> None:
 
 
 def test_state_of_a_closed_threshold_and_of_other_settings() -> None:
-    closed = Threshold(config("risk_controlled", every=1))
+    closed = Threshold(config("risk_controlled", every=1, fallback=ThresholdFallback.nothing))
     closed.observe(np.arange(50.0), np.ones(50))
     closed.calibrate(2)
     state = closed.state_dict()

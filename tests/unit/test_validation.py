@@ -242,7 +242,7 @@ def unsure_risk(cfg: Config) -> None:
 
 
 def too_few_to_show_the_risk(cfg: Config) -> None:
-    cfg.algorithm.gate.kind, cfg.algorithm.gate.min_labelled = ThresholdKind.risk_controlled, 21
+    cfg.algorithm.gate.kind, cfg.algorithm.gate.min_labelled = ThresholdKind.risk_controlled, 28
 
 
 def broken_phrase(cfg: Config) -> None:
@@ -287,8 +287,8 @@ def shared_memory_on_gpus(cfg: Config) -> None:
         (never_drawn, ["buffer.recency=0.5", "buffer.max_age=501"]),
         (group_that_does_not_fit, ["buffer.capacity=7", "rollout.samples_per_prompt=8"]),
         (unsure_risk, ["algorithm.gate.confidence=0.5", "0.6 or more"]),
-        # 0.9^21 = 0.109 > 0.1 >= 0.9^22
-        (too_few_to_show_the_risk, ["algorithm.gate.min_labelled=21", "22 or more"]),
+        # Two walks with 0.05 each: 0.9^28 = 0.0523 > 0.05 >= 0.9^29
+        (too_few_to_show_the_risk, ["algorithm.gate.min_labelled=28", "29 or more"]),
         (broken_phrase, ["hallucination.phrases", "(never closed"]),
         (shared_memory_on_gpus, ["rollout.weight_sync=shm", "rollout.device=cuda", "nccl"]),
     ],

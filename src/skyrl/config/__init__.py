@@ -23,6 +23,7 @@ from skyrl.config.algorithm import (
     Std,
     Surrogate,
     ThresholdConfig,
+    ThresholdFallback,
     ThresholdKind,
     Unit,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "Std",
     "Surrogate",
     "ThresholdConfig",
+    "ThresholdFallback",
     "ThresholdKind",
     "Trainable",
     "Unit",

@@ -151,6 +151,15 @@ class Eviction(Enum):
     """The smallest priority; among equals the oldest."""
 
 
+class ThresholdFallback(Enum):
+    """What passes while ``risk_controlled`` finds no threshold that keeps the risk under its target."""
+
+    strictest = "strictest"
+    """The tenth of the candidates with the highest scores: learning goes on with what is most likely right."""
+    nothing = "nothing"
+    """Nothing. If the policy learns from nothing else, its risk never changes either."""
+
+
 @dataclass
 class ThresholdConfig:
     kind: ThresholdKind = ThresholdKind.fixed
@@ -163,6 +172,8 @@ class ThresholdConfig:
     """Largest share of hallucinating answers among those that pass (``risk_controlled``)."""
     confidence: float = 0.9
     """Probability with which the bound on that share holds (``risk_controlled``)."""
+    fallback: ThresholdFallback = ThresholdFallback.strictest
+    """What passes while no τ keeps the risk under ``target_risk`` (``risk_controlled``)."""
     every: int = 5
     """Steps between recalibrations."""
     window: int = 512

@@ -1,5 +1,7 @@
 """What each setting allows on its own; ``skyrl.validation`` checks it, and what must fit together."""
 
+import math
+
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 EMBEDDED_POSITIONS = 512
@@ -83,6 +85,8 @@ SHARES = (
 )
 MIN_CONFIDENCE = 0.6
 """Smallest confidence of a risk-controlled threshold: ``algorithms/thresholds.py`` says why."""
+RISK_STARTS = (2, 12)
+"""Where the walks of a risk-controlled threshold begin, in twentieths: ``algorithms/thresholds.py`` says why."""
 MAX_DECAY_BITS = 500
 """Largest -log2(recency) · max_age: ``buffer/ssb.py`` keeps such powers in range."""
 OPEN_SHARES = (
@@ -98,3 +102,9 @@ OPTIONAL_NOT_NEGATIVE = (
     "algorithm.mpo.quality_weight_end",
     "algorithm.mpo.generation_weight_end",
 )
+
+
+def fewest_candidates(target_risk: float, confidence: float, walks: int = len(RISK_STARTS)) -> int:
+    """Candidates without which no risk-controlled threshold can be found, even if none of them is bad: the first n with
+    ((1 − confidence)/walks)^(1/n) > 1 − target_risk. Strictly above, so that no rounding of the bound ends a walk."""
+    return math.floor(math.log((1 - confidence) / walks) / math.log1p(-target_risk) + 1e-9) + 1

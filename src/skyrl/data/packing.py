@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from skyrl.types import PreferencePair, TrainItem
+from collections.abc import Sequence
+
+import numpy as np
+
+from skyrl.types import PreferencePair, Prompt, TrainItem
 
 MicroBatch = list[int]
 """Indices into ``TrainBatch.items``."""
+Row = tuple[Prompt, np.ndarray, np.ndarray]
+"""Prompt, its ids int32 [P] as the model that runs sees them, answer ids int32 [T]."""
+
+
+def distinct_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """The different rows in order of their first appearance, and for each given row its place among them.
+
+    A sure policy often repeats its answer; equal rows have equal log-probabilities and need one forward pass. Prompts
+    with one id are one prompt, as everywhere.
+
+    Example: rows a, b, a give ``([a, b], [0, 1, 0])``.
+    """
+    first: dict[tuple[str, bytes], int] = {}
+    kept: list[Row] = []
+    places: list[int] = []
+    for row in rows:
+        place = first.setdefault((row[0].id, row[2].tobytes()), len(kept))
+        if place == len(kept):
+            kept.append(row)
+        places.append(place)
+    return kept, places
 
 
 def plan_micro_batches(

@@ -25,7 +25,7 @@ from skyrl.interfaces import Metrics
 from skyrl.learner.deepspeed_config import deepspeed_config, learning_rate
 from skyrl.learner.files import check_layout, export_policy, write_layout
 from skyrl.learner.losses import micro_loss, pair_sums, reduce_stats, unrecorded
-from skyrl.learner.passes import Forward, Share, pair_members, score_groups, score_share
+from skyrl.learner.passes import Forward, Share, distinct_share, pair_members, score_groups, score_share
 from skyrl.learner.probe import masked_group, picture_drop_metrics, probed_groups
 from skyrl.learner.process_group import join_ranks
 from skyrl.learner.reference import Reference, compared_items, needs_reference, refresh_due, whole_parameters
@@ -132,6 +132,7 @@ class DeepSpeedLearner:
             "learner/lr": lr,
             "learner/entropy": totals["entropy"] / totals["tokens"],
             "learner/tokens": totals["tokens"],
+            "learner/distinct_share": distinct_share(batch),
             "learner/micro_batches": float(len(share.parts)),
         }
 
@@ -165,8 +166,9 @@ class DeepSpeedLearner:
 
     def _backward(self, share: Share, place: int, reference: torch.Tensor | None) -> dict[str, torch.Tensor]:
         batch, part = share.batch, share.parts[place]
-        logprobs, entropy = self.engine(share.rows[place], with_entropy=True)
-        tokens = share.tokens(part)
+        rows, tokens = share.rows[place], share.tokens(part)
+        distinct_logprobs, distinct_entropy = self.engine(rows.encoded, with_entropy=True)
+        logprobs, entropy = distinct_logprobs[rows.places], distinct_entropy[rows.places]
         # A ghost row's tokens come last; they join the graph and weigh nothing.
         loss, stats = logprobs[tokens:].sum() * 0.0, {}
         if part:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +10,34 @@ import torch
 
 from skyrl.config import AlgorithmConfig
 from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.data.packing import MicroBatch, ghost_row, plan_micro_batches
+from skyrl.data.packing import MicroBatch, Row, distinct_rows, ghost_row, plan_micro_batches
 from skyrl.types import SampleGroup, TrainBatch, TrainItem
 
 Forward = Callable[[EncodedBatch], torch.Tensor]
 """Log-probabilities [N] of the answer tokens of a batch."""
 
 
-def _collate(encoder: PromptEncoder, items: list[TrainItem], device: torch.device) -> EncodedBatch:
-    return encoder.collate([(r.prompt, r.prompt_ids, r.sample.token_ids) for r in items]).to(device)
+@dataclass(slots=True)
+class Rows:
+    """Rows for one forward pass, equal ones only once."""
+
+    encoded: EncodedBatch
+    """The distinct rows, with M answer tokens."""
+    places: torch.Tensor
+    """int64 [N]: of each answer token of all rows, row after row, its place among the M: ``logprobs[places]`` are all
+    rows' log-probabilities, and the gradients of equal rows add up."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], encoder: PromptEncoder, device: torch.device) -> Rows:
+        kept, of_row = distinct_rows(rows)
+        lengths = [len(answer_ids) for _, _, answer_ids in kept]
+        starts = np.cumsum([0, *lengths])
+        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in of_row])
+        return cls(encoder.collate(kept).to(device), torch.from_numpy(places).to(device))
+
+
+def _row(item: TrainItem) -> Row:
+    return item.prompt, item.prompt_ids, item.sample.token_ids
 
 
 @dataclass(slots=True)
@@ -28,18 +47,23 @@ class Share:
     batch: TrainBatch
     """The whole step, the same on every rank."""
     parts: list[MicroBatch]
-    rows: list[EncodedBatch]
+    rows: list[Rows]
     """Of each micro-batch, the rows of its items, then of its ghost if it has one."""
 
     @classmethod
     def of(cls, batch: TrainBatch, parts: list[MicroBatch], encoder: PromptEncoder, device: torch.device) -> Share:
         with_ghosts = [(part, ghost_row(batch.items, part)) for part in parts]
         run = [part if ghost is None else [*part, ghost] for part, ghost in with_ghosts]
-        return cls(batch, parts, [_collate(encoder, [batch.items[i] for i in part], device) for part in run])
+        return cls(batch, parts, [Rows.of([_row(batch.items[i]) for i in part], encoder, device) for part in run])
 
     def tokens(self, part: MicroBatch) -> int:
         """Answer tokens of a micro-batch, without its ghost's."""
         return sum(len(self.batch.items[i].sample.token_ids) for i in part)
+
+
+def distinct_share(batch: TrainBatch) -> float:
+    """Share of the step's items that are left when equal answers to one prompt count once."""
+    return len(distinct_rows([_row(item) for item in batch.items])[0]) / len(batch.items)
 
 
 def pair_members(batch: TrainBatch, cfg: AlgorithmConfig) -> set[int]:
@@ -64,18 +88,15 @@ def score_share(
         return [None] * len(share.parts)
     found: list[torch.Tensor | None] = []
     for part, rows in zip(share.parts, share.rows, strict=True):
-        tokens = share.tokens(part)
-        keep = [k for k, i in enumerate(part) if i in wanted]
+        keep = [i for i in part if i in wanted]
         if collective or (part and len(keep) == len(part)):
-            found.append(forward(rows)[:tokens])
+            found.append(forward(rows.encoded)[rows.places[: share.tokens(part)]])
             continue
-        filled = torch.zeros(tokens, device=device)
+        filled = torch.zeros(share.tokens(part), device=device)
         if keep:
-            kept_rows = torch.zeros(len(rows.input_ids), dtype=torch.bool, device=device)
-            kept_rows[keep] = True
-            row_of_token = rows.answer_mask.nonzero()[:tokens, 0]
-            some = _collate(encoder, [share.batch.items[part[k]] for k in keep], device)
-            filled[kept_rows[row_of_token]] = forward(some)
+            kept = np.repeat([i in wanted for i in part], [len(share.batch.items[i].sample.token_ids) for i in part])
+            some = Rows.of([_row(share.batch.items[i]) for i in keep], encoder, device)
+            filled[torch.from_numpy(kept).to(device)] = forward(some.encoded)[some.places]
         found.append(filled)
     return found
 
@@ -85,7 +106,7 @@ def score_groups(
     forward: Forward, groups: list[SampleGroup], encoder: PromptEncoder, device: torch.device, token_budget: int
 ) -> list[np.ndarray]:
     """Log-probabilities float32 [T] of every sample of the groups, in order, in micro-batches of ``token_budget``."""
-    rows = [(g.prompt, g.prompt_ids, s.token_ids) for g in groups for s in g.samples]
+    rows, places = distinct_rows([(g.prompt, g.prompt_ids, s.token_ids) for g in groups for s in g.samples])
     lengths = [len(prompt_ids) + len(answer_ids) for _, prompt_ids, answer_ids in rows]
     found: dict[int, np.ndarray] = {}
     for part in plan_micro_batches(lengths, [], 1, token_budget)[0]:
@@ -93,4 +114,4 @@ def score_groups(
         flat = forward(encoder.collate(some).to(device)).cpu().numpy()
         ends = np.cumsum([len(answer_ids) for _, _, answer_ids in some])[:-1]
         found |= dict(zip(part, np.split(flat, ends), strict=True))
-    return [found[i] for i in range(len(rows))]
+    return [found[place] for place in places]

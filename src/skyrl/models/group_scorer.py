@@ -18,13 +18,11 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from skyrl.data.encode import TYPE_KEYS, EncodedBatch, PromptEncoder
+from skyrl.data.packing import Row, distinct_rows
 from skyrl.models.reward_model import RewardModel
-from skyrl.types import DataError, Prompt, SampleGroup
+from skyrl.types import DataError, SampleGroup
 
 logger = logging.getLogger(__name__)
-
-Row = tuple[Prompt, np.ndarray, np.ndarray]
-"""Prompt, the reward model's own prompt ids int32 [P], answer ids int32 [T]."""
 
 COMPARED_PROMPTS = 8
 """Rows that are scored in both ways for a comparison."""
@@ -78,7 +76,7 @@ class GroupScorer:
         Raises:
             DataError: if an answer holds a picture placeholder, or the pictures of two prompts can't be joined.
         """
-        rows, places = _distinct([row for group in groups for row in self._rows(group)])
+        rows, places = distinct_rows([row for group in groups for row in self._rows(group)])
         self._compare_if_longer(rows)
         scores = np.empty(len(rows))
         for part, features in (self.shared_features if self.shares_prompts else self.plain_features)(rows):
@@ -219,19 +217,6 @@ def _rope_types(config: Any) -> set[str]:
 
 def _length(row: Row) -> int:
     return len(row[1]) + len(row[2])
-
-
-def _distinct(rows: list[Row]) -> tuple[list[Row], list[int]]:
-    """The different rows, and for each given row its place among them: a sure policy often repeats its answer."""
-    first: dict[tuple[str, bytes], int] = {}
-    kept: list[Row] = []
-    places: list[int] = []
-    for row in rows:
-        place = first.setdefault((row[0].id, row[2].tobytes()), len(kept))
-        if place == len(kept):
-            kept.append(row)
-        places.append(place)
-    return kept, places
 
 
 def _in_order(parts: Iterator[tuple[list[int], torch.Tensor]]) -> torch.Tensor:

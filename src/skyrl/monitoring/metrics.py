@@ -35,7 +35,9 @@ def _threshold(prefix: str, what: str) -> dict[str, MetricInfo]:
     """The metrics of one calibrated threshold τ."""
     return {
         f"{prefix}/tau": _M("-", f"τ on {what}, raw reward-model units; absent while nothing passes."),
-        f"{prefix}/closed": _M("-", "1 while no τ keeps the risk under its target, so that nothing passes, else 0."),
+        f"{prefix}/controlled": _M(
+            "-", "1 if the last calibration found a τ that keeps the risk under its target; else 0: the fallback holds."
+        ),
         f"{prefix}/labelled": _M("samples", "Candidates in the calibration window whose facts are known."),
         f"{prefix}/acceptance": _M("share", "Candidates at or above τ, of the window."),
         f"{prefix}/risk": _M("share", "Hallucinating ones, of the labelled candidates at or above τ."),
@@ -96,6 +98,10 @@ METRICS: dict[str, MetricInfo] = {
         "nats", "Entropy of the learner's next-token distribution, mean over all answer tokens trained on."
     ),
     "learner/tokens": _M("tokens", "Answer tokens trained on in the step, over all ranks."),
+    "learner/distinct_share": _M(
+        "share",
+        "Part of the train batch that is left when equal answers to one prompt count once: what a forward pass runs.",
+    ),
     "learner/micro_batches": _M("batches", "Forward passes into which the step was cut, of the rank with most."),
     "learner/logprob_gap_fresh": _M(
         "nats",
