@@ -90,6 +90,7 @@ def _section(rows: Sequence[Row], out: Path, table: str, methods: Sequence[str])
     if table == "Thresholds":
         more: tuple[Column, ...] = (
             ("τ, last steps", over_steps("threshold/tau", LATE), 1),
+            ("risk under control, all steps", over_steps("threshold/controlled"), 100),
             ("accepted, last steps", over_steps("threshold/acceptance", LATE), 100),
             ("risk, last steps", over_steps("threshold/risk", LATE), 100),
             ("its bound", over_steps("threshold/risk_bound", LATE), 100),

@@ -19,6 +19,7 @@ STEP_METRICS = (
     *(
         "mpo/pairs",
         "threshold/tau",
+        "threshold/controlled",
         "threshold/acceptance",
         "threshold/risk",
         "threshold/risk_bound",

@@ -24,7 +24,7 @@ from skyrl.monitoring.records import read_metrics, write_json
 from skyrl.monitoring.report import write_report
 from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
 from skyrl.monitoring.summary import print_summary, write_summary
-from skyrl.types import SkyrlError
+from skyrl.types import DataError, SkyrlError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ def run(cfg: Config) -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", cfg)
     rows = pool_rows(cfg.data)
+    if rows is not None:
+        check_size(len(rows), cfg)
     policy, reward = model_folders(cfg)
     try:
         with ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}") as dashboard:
@@ -59,7 +61,9 @@ def run(cfg: Config) -> dict[str, Any]:
             counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
             console.print("starting {} rollout, {} reward and {} learner actors, 1 sample buffer".format(*counts))
             with start_system(cfg, policy, reward) as system:
-                stream = PromptStream(system.rows["train"] if rows is None else len(rows), cfg.data.seed)
+                size = system.rows["train"] if rows is None else len(rows)
+                check_size(size, cfg)
+                stream = PromptStream(size, cfg.data.seed)
                 with closing(_sinks(cfg, run_dir, checkpoint, console)) as sinks:
                     controller = Controller(cfg, system.pools, stream, system.rows["eval"], sinks, run_dir, rows)
                     if checkpoint is not None:
@@ -99,6 +103,21 @@ def pool_rows(cfg: DataConfig) -> Sequence[int] | None:
     from skyrl.data.datasets import build_datasets
 
     return pool.pool_rows(Path(cfg.pool_path), cfg, build_datasets(cfg)["train"]).tolist()
+
+
+def check_size(size: int, cfg: Config) -> None:
+    """A prompt that comes twice in a step would get the same answers twice: sampling is seeded by prompt and step.
+
+    Raises:
+        DataError: if there are fewer training prompts than a step asks.
+    """
+    wanted = cfg.rollout.prompts_per_step
+    if size < wanted and cfg.data.pairs_path is None:
+        mend = ", or widen data.pool_min … data.pool_max" if cfg.data.pool_path else ""
+        raise DataError(
+            f"there are {size} training prompts, but rollout.prompts_per_step={wanted}: a step would ask some of them "
+            f"twice; lower it to {size} or less{mend}"
+        )
 
 
 def _absolute_paths(data: DataConfig) -> DataConfig:

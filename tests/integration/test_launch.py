@@ -103,6 +103,8 @@ def test_an_interrupted_run_ends_cleanly_and_can_be_resumed(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A test run in the background of a plain shell ignores SIGINT, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         checkpoints = tmp_path / "smoke" / "first" / "checkpoints"
         deadline = time.monotonic() + 240

@@ -74,7 +74,10 @@ def ray_session(cfg: Config, namespace: str) -> Iterator[str]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(address=address or "local", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        # Ray's start-up time-out is a bare Exception.
+        if not isinstance(error, (ConnectionError, RuntimeError, ValueError)) and type(error) is not Exception:
+            raise
         raise SkyrlError(
             f"Ray could not be {'joined at ' + address if address else 'started here'}: {error}"
         ) from error
