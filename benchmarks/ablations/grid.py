@@ -22,8 +22,8 @@ BASE = (
     "controller.timeout=600",
 )
 """Equal for all runs: 30 steps of 32 prompts x 8 samples = 7,680 rollouts. Only kinds of question that can be answered
-without reading every digit, so that the answer alone does not punish a false reading; twice the default's learning rate,
-so that what a method does wrong shows within so few steps."""
+without reading every digit, so that the answer alone does not punish a false reading; twice the default's learning
+rate, so that what a method does wrong shows within so few steps."""
 
 QUICK = (
     "model.warm_start_steps=60",
