@@ -43,9 +43,7 @@ def main() -> None:
     if arguments.quick:
         methods, seeds = ["default", "mpo", *VARIANTS], (0,)
     if not arguments.report:
-        wanted = [
-            job for job in jobs(methods, seeds, arguments.quick) if job.key not in {row["key"] for row in read(store)}
-        ]
+        wanted = missing(jobs(methods, seeds, arguments.quick), read(store))
         print(f"{len(wanted)} runs to do, results in {store}")
         Grid(wanted, store, arguments.workers, arguments.minutes).run()
     print(f"report: {write_report(read(store), out)}")
@@ -56,6 +54,21 @@ def read(store: Path) -> list[Row]:
     if not store.is_file():
         return []
     return [json.loads(line) for line in store.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def missing(wanted: list[Job], rows: list[Row]) -> list[Job]:
+    """The jobs without a row.
+
+    Raises:
+        SystemExit: if a job's row was made with other overrides: the two must not stand in one table.
+    """
+    made = {row["key"]: row["overrides"] for row in rows}
+    stale = [job.key for job in wanted if made.get(job.key, job.overrides()) != job.overrides()]
+    if stale:
+        raise SystemExit(
+            f"the rows of {', '.join(stale)} were made with other settings; take them out of the file first"
+        )
+    return [job for job in wanted if job.key not in made]
 
 
 class Grid:
