@@ -67,6 +67,13 @@ def final(name: str) -> Figure:
     return lambda row: row["evaluations"][-1].get(name, math.nan)
 
 
+def at_step(name: str, step: int) -> Figure:
+    """A metric of the evaluation after ``step``."""
+    return lambda row: next(
+        (point.get(name, math.nan) for point in row["evaluations"] if point["step"] == step), math.nan
+    )
+
+
 def best(name: str) -> Figure:
     """The largest value of a metric over all evaluations."""
     return lambda row: max(point.get(name, -math.inf) for point in row["evaluations"])

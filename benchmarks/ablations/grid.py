@@ -1,6 +1,6 @@
 """Which runs there are. A method is a list of overrides of the embedded default, so a run with seed 0 can be repeated
-with ``python -m skyrl.launch``. With another seed the grid also orders the prompts by it, which ``data.seed`` alone does
-there, and that would change the scenes, too."""
+with ``python -m skyrl.launch``. With another seed the grid also orders the prompts by it; in ``launch`` only
+``data.seed`` does so, which changes the scenes, too."""
 
 from __future__ import annotations
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from benchmarks.ablations.claims import CLAIMS, EARLY, FILLED, FRESH, LATE
 from benchmarks.ablations.figures import Figure, Interval, drop_from_best, final, of, over_steps, rollouts_to
-from benchmarks.ablations.grid import BASE, METHODS, TABLES, Row
+from benchmarks.ablations.grid import BASE, METHODS, SEEDS, TABLES, Row
 from benchmarks.ablations.plots import evaluation_curves, step_curves
 from benchmarks.ablations.text import HEAD, NOTES
 
 KINDS = ("max", "min", "count", "text_arithmetic")
 ACCURACIES = (0.65, 0.70, 0.75)
 CURVES = (("eval/accuracy", "accuracy (greedy, held out)"), ("eval/hallucination", "hallucination rate"))
+CALIBRATED = slice(5, None)
+"""Steps after the first calibration of a threshold."""
 Column = tuple[str, Figure, float]
 """Heading, figure, factor for printing."""
 
@@ -43,24 +45,24 @@ def _setup(rows: Sequence[Row]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     seconds = sum(row["seconds"] for row in rows)
     commits = ", ".join(sorted({row["commit"] for row in rows}))
-    missing = [name for name in METHODS if {row["seed"] for row in rows if row["method"] == name} < set(seeds)]
+    missing = [name for name in METHODS if not set(SEEDS) <= {row["seed"] for row in rows if row["method"] == name}]
     text = (
-        f"{len(rows)} finished runs, seeds {seeds}, {seconds / 3600:.1f} hours of single-threaded runs, two side by "
-        f"side; code {commits}."
+        f"{len(rows)} finished runs, seeds {', '.join(map(str, seeds))}, {seconds / 3600:.1f} hours of single-threaded "
+        f"runs, as many side by side as `--workers` says (two); code {commits}."
     )
     return text + (f" Not all seeds are finished for: {', '.join(missing)}." if missing else "")
 
 
 def _verdicts(rows: Sequence[Row]) -> str:
     lines = [
-        "| Where | The paper's claim | Its figures | Here: difference, points | Seeds | Verdict |",
-        "|---|---|---|---|---|---|",
+        "| Where | Claim | Whose | The paper's figures | Here: difference, points | Seeds | Verdict |",
+        "|---|---|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
         found = claim.measure(rows)
         lines.append(
-            f"| {claim.table} | {claim.text} | {claim.paper} | {shown(found, 100, signed=True)} | {found.count} "
-            f"| {claim.verdict(rows)} |"
+            f"| {claim.table} | {claim.text} | {claim.source} | {claim.paper} | {shown(found, 100, signed=True)} "
+            f"| {found.count} | {claim.verdict(rows)} |"
         )
     return "\n".join(["## The claims", "", NOTES["verdicts"], "", *lines])
 
@@ -90,7 +92,7 @@ def _section(rows: Sequence[Row], out: Path, table: str, methods: Sequence[str])
     if table == "Thresholds":
         more: tuple[Column, ...] = (
             ("τ, last steps", over_steps("threshold/tau", LATE), 1),
-            ("risk under control, all steps", over_steps("threshold/controlled"), 100),
+            ("steps with the risk under control", over_steps("threshold/controlled", CALIBRATED), 100),
             ("accepted, last steps", over_steps("threshold/acceptance", LATE), 100),
             ("risk, last steps", over_steps("threshold/risk", LATE), 100),
             ("its bound", over_steps("threshold/risk_bound", LATE), 100),
@@ -119,9 +121,15 @@ def _table(rows: Sequence[Row], methods: Sequence[str], columns: Sequence[Column
         values = [_before(rows, figure) * factor for _, figure, factor in columns]
         lines.append(f"| warm start | {' | '.join(_number(value) for value in values)} |")
     for method in methods:
-        cells = [shown(of(rows, method, figure), factor) for _, figure, factor in columns]
+        runs = sum(row["method"] == method for row in rows)
+        cells = [_cell(of(rows, method, figure), factor, runs) for _, figure, factor in columns]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
+
+
+def _cell(value: Interval, factor: float, runs: int) -> str:
+    """A mean says of how many runs it is, if some have no value."""
+    return shown(value, factor) + (f" ({value.count} of {runs})" if 0 < value.count < runs else "")
 
 
 def _before(rows: Sequence[Row], figure: Figure) -> float:
@@ -149,9 +157,11 @@ def _methods() -> str:
     lines = [
         "## The runs",
         "",
-        "Every run: `python -m skyrl.launch` with",
+        "Every run: what `python -m skyrl.launch` does with",
         "",
         f"`{' '.join(BASE)} controller.seed=SEED`",
+        "",
+        "but in one process without Ray, and with the prompts in an order that SEED decides (for SEED 0 the same).",
         "",
     ]
     lines += ["| Method | and |", "|---|---|"]

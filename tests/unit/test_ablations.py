@@ -7,8 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ablations.__main__ import missing
 from benchmarks.ablations.claims import CLAIMS, Claim
-from benchmarks.ablations.figures import best, difference, drop_from_best, final, interval, of, over_steps, rollouts_to
+from benchmarks.ablations.figures import (
+    at_step,
+    best,
+    difference,
+    drop_from_best,
+    final,
+    interval,
+    of,
+    over_steps,
+    rollouts_to,
+)
 from benchmarks.ablations.grid import METHODS, TABLES, VARIANTS, Job, jobs
 from benchmarks.ablations.report import shown, write_report
 from skyrl.launch import compose_config
@@ -50,6 +61,7 @@ def test_differences_are_paired_by_seed() -> None:
 def test_figures_of_a_run() -> None:
     one = row("a", 0, 0.5, 0.7, 0.6, share=0.25)
     assert ACCURACY(one) == 0.6 and best("eval/accuracy")(one) == 0.7
+    assert at_step("eval/accuracy", 10)(one) == 0.7 and math.isnan(at_step("eval/accuracy", 15)(one))
     assert drop_from_best("eval/accuracy")(one) == pytest.approx(0.1)
     assert over_steps("share")(one) == 0.25 and math.isnan(over_steps("other")(one))
     # Half of the way from 0.5 to 0.7 is reached after 5 of 10 steps.
@@ -66,14 +78,15 @@ def test_figures_of_a_run() -> None:
         ((0.3, -0.3, 0.0), "not seen"),
         ((0.3, 0.31), "unfinished"),
         ((), "not measured yet"),
+        ((0.3, 0.31, math.nan), "a seed has no value"),
     ],
 )
 def test_verdict_is_the_side_of_the_interval(values: tuple[float, ...], verdict: str) -> None:
-    claim = Claim("T", "a beats b", "", "a", "b", ACCURACY, 1)
+    claim = Claim("T", "a beats b", "ours", "", "a", "b", ACCURACY, 1)
     rows = [row(m, seed, v) for seed, value in enumerate(values) for m, v in (("a", 0.5 + value), ("b", 0.5))]
     assert claim.verdict(rows) == verdict
     if verdict.startswith("seen"):
-        other = Claim("T", "b beats a", "", "a", "b", ACCURACY, -1)
+        other = Claim("T", "b beats a", "ours", "", "a", "b", ACCURACY, -1)
         assert {claim.verdict(rows), other.verdict(rows)} == {"seen", "seen otherwise"}
 
 
@@ -92,10 +105,19 @@ def test_jobs_finish_whole_seeds_first() -> None:
     assert Job("default", 2).overrides()[-1] == "controller.seed=2"
 
 
+def test_rows_made_with_other_settings_are_refused() -> None:
+    wanted = jobs(["grpo", "default"], (0, 1), False)
+    rows = [{"key": job.key, "overrides": job.overrides()} for job in wanted[:3]]
+    assert missing(wanted, rows) == wanted[3:]
+    rows[1]["overrides"] = ["learner.lr=1"]
+    with pytest.raises(SystemExit, match="default/0 were made with other settings"):
+        missing(wanted, rows)
+
+
 def test_report_needs_only_the_rows(tmp_path: Path) -> None:
     rows = [row(m, seed, 0.5, 0.6 + seed / 100) for m in ("grpo", "grpo_ssb", "default") for seed in range(3)]
     text = write_report(rows, tmp_path).read_text()
-    assert "9 finished runs, seeds [0, 1, 2]" in text
+    assert "9 finished runs, seeds 0, 1, 2," in text
     assert f"| grpo | {shown(of(rows, 'grpo', ACCURACY), 100)} |" in text
     assert "61.0 ± 2.5" in text
     assert "| warm start | 50.0 |" in text
