@@ -154,7 +154,10 @@ class Cases:
         out["has_reference"] = learner.reference is not None
         if resume:
             again = self.make(cfg)
+            for group in again.engine.optimizer.param_groups:
+                group["weight_decay"] = 0.7  # as a checkpoint of other settings would leave it
             again.load(folder)
+            out["resumed_decay"] = {group["weight_decay"] for group in again.engine.optimizer.param_groups}
             out["resumed_metrics"] = again.train_step(make_batch(again.encoder, count, **batch))
             out["resumed_weights"] = self.weights(again)
             out["resumed_delta"] = again.delta.state_dict()

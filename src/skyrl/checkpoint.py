@@ -16,6 +16,15 @@ from skyrl.types import SkyrlError
 logger = logging.getLogger(__name__)
 MANIFEST = "COMPLETE.json"
 STATE = "state.json"
+SETTINGS = "config.json"
+"""A run folder's file of settings."""
+FREE = (
+    *("resume", "run_dir", "monitoring.", "cluster.", "checkpoint.", "evaluation.", "hallucination.", "filter."),
+    *("controller.steps", "controller.timeout", "model.cache_dir", "data.eval_size"),
+)
+"""Settings (or their beginnings) that a resumed run may change without a word."""
+FIXED = ("data.", "model.")
+"""Beginnings of settings that it may not change; paths of data may, because files move."""
 
 
 class Checkpoints:
@@ -84,26 +93,35 @@ def verify(folder: Path) -> None:
             raise SkyrlError(f"checkpoint {folder} is broken: {name} is not what was written")
 
 
-def find_checkpoint(resume: str, runs: Path) -> Path | None:
+def find_checkpoint(resume: str, run_dir: Path, name: str) -> Path | None:
     """The checkpoint that ``resume`` means.
+
+    ``auto`` looks in ``run_dir`` if it holds a complete checkpoint, else in the run folders beside it that belong to
+    runs of the same name.
 
     Args:
         resume: ``no``, ``auto`` or a checkpoint folder.
-        runs: Folder that holds the run folders of this name.
+        run_dir: This run's folder.
+        name: This run's name.
 
     Returns:
         A verified checkpoint, or None for ``no`` and for ``auto`` when there is none. Broken ones are named in the
         log and skipped.
 
     Raises:
-        SkyrlError: if an explicitly named checkpoint is broken.
+        SkyrlError: if an explicitly named checkpoint is broken, or if ``no`` is asked for in a folder that holds
+            checkpoints already: a fresh run would overwrite that run's files.
     """
+    own = Checkpoints(run_dir, keep=1).complete()
     if resume == "no":
+        if own:
+            raise SkyrlError(f"run_dir={run_dir} holds the checkpoints of a run; set another run_dir, or resume=auto")
         return None
     if resume != "auto":
         verify(Path(resume))
         return Path(resume)
-    manifests = runs.glob(f"*/checkpoints/step_*/{MANIFEST}")  # runs holds the runs of one name only
+    runs = [run_dir] if own else [run for run in _siblings(run_dir) if _name_of(run) == name]
+    manifests = [manifest for run in runs for manifest in run.glob(f"checkpoints/step_*/{MANIFEST}")]
     for folder in sorted((p.parent for p in manifests), key=lambda p: (p / MANIFEST).stat().st_mtime, reverse=True):
         try:
             verify(folder)
@@ -111,10 +129,53 @@ def find_checkpoint(resume: str, runs: Path) -> Path | None:
             logger.warning("skipped: %s", error)
             continue
         return folder
-    for folder in sorted(runs.glob("*/checkpoints/step_*")):
+    for folder in sorted(folder for run in runs for folder in run.glob("checkpoints/step_*")):
         if not (folder / MANIFEST).exists():
             logger.warning("skipped: checkpoint %s has no %s", folder, MANIFEST)
     return None
+
+
+def _siblings(run_dir: Path) -> list[Path]:
+    return sorted(path.parent for path in run_dir.parent.glob(f"*/{SETTINGS}"))
+
+
+def _name_of(run: Path) -> str:
+    name: str = json.loads((run / SETTINGS).read_text())["name"]
+    return name
+
+
+def check_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What a resumed run does differently, a line a setting: ``key: old → new``.
+
+    Where files lie, how long the run is and what it shows may change without a word.
+
+    Args:
+        old: ``config.json`` of the run that is resumed.
+        new: this run's, of the same form.
+
+    Raises:
+        SkyrlError: if data or models are others: the position in the data and the weights would mean something else.
+    """
+    before, after = _flat(old), _flat(new)
+    changed = [
+        f"{key}: {before.get(key)!r} → {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(FREE)
+    ]
+    fixed = [line for line in changed if line.startswith(FIXED) and not line.split(":")[0].endswith("_path")]
+    if fixed:
+        raise SkyrlError(
+            f"a resumed run needs the data and models that it began with; changed: {'; '.join(fixed)}. Repeat the "
+            "settings of the first start, or start a new run"
+        )
+    return changed
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _files(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -109,11 +110,17 @@ def _hydra_main(tree: DictConfig) -> None:
     try:
         run(config)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: python -m skyrl.launch name={config.name} resume=auto", file=sys.stderr)
+        print(f"interrupted; go on with: {_resume_command(sys.argv[1:])}", file=sys.stderr)
         sys.exit(130)
     except SkyrlError as error:
         print(f"failed after {time.monotonic() - started:.0f} s: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _resume_command(arguments: list[str]) -> str:
+    """The command that goes on with the run of these arguments: the same settings, from its newest checkpoint."""
+    kept = [argument for argument in arguments if not argument.startswith("resume=")]
+    return shlex.join(["python", "-m", "skyrl.launch", *kept, "resume=auto"])
 
 
 if __name__ == "__main__":

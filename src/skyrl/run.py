@@ -14,13 +14,13 @@ from rich.console import Console
 
 from skyrl.actors.gauges import RayGaugeSink
 from skyrl.actors.system import ray_session, start_system
-from skyrl.checkpoint import find_checkpoint, read_state
+from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, read_state
 from skyrl.config import Config, DataConfig, WandbMode
 from skyrl.controller import Controller
 from skyrl.data.stream import PromptStream
 from skyrl.interfaces import MetricSink
 from skyrl.models.embedded import embedded_models
-from skyrl.monitoring.records import read_metrics, write_json
+from skyrl.monitoring.records import jsonable, read_json, read_metrics, write_json
 from skyrl.monitoring.report import write_report
 from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
 from skyrl.monitoring.summary import print_summary, write_summary
@@ -39,17 +39,21 @@ def run(cfg: Config) -> dict[str, Any]:
         SkyrlError: whatever went wrong in an actor, with the actor's own message.
     """
     console = Console()
-    checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir).parent)
+    cfg = dataclasses.replace(cfg, data=_absolute_paths(cfg.data))
+    checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir), cfg.name)
     if checkpoint is not None:  # a resumed run goes on in its old folder
         checkpoint = checkpoint.resolve()
         cfg = dataclasses.replace(cfg, run_dir=str(checkpoint.parents[1]))
         console.print(f"resuming from {checkpoint}")
+        settings = Path(cfg.run_dir) / SETTINGS
+        for change in check_settings(read_json(settings), jsonable(cfg)) if settings.is_file() else ():
+            console.print(f"changed since: {change}")
     elif cfg.resume == "auto":
         console.print("resume=auto: no complete checkpoint yet, a fresh run starts")
     run_dir = Path(cfg.run_dir).resolve()
-    cfg = dataclasses.replace(cfg, data=_absolute_paths(cfg.data))
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", cfg)
+    if checkpoint is None:
+        write_json(run_dir / SETTINGS, cfg)
     rows = pool_rows(cfg.data)
     if rows is not None:
         check_size(len(rows), cfg)
@@ -64,10 +68,11 @@ def run(cfg: Config) -> dict[str, Any]:
                 size = system.rows["train"] if rows is None else len(rows)
                 check_size(size, cfg)
                 stream = PromptStream(size, cfg.data.seed)
-                with closing(_sinks(cfg, run_dir, checkpoint, console)) as sinks:
-                    controller = Controller(cfg, system.pools, stream, system.rows["eval"], sinks, run_dir, rows)
-                    if checkpoint is not None:
-                        controller.restore(checkpoint)
+                controller = Controller(cfg, system.pools, stream, system.rows["eval"], Sinks([]), run_dir, rows)
+                if checkpoint is not None:  # nothing of the old run is overwritten before its state was accepted
+                    controller.restore(checkpoint)
+                    write_json(run_dir / SETTINGS, cfg)
+                with closing(_sinks(cfg, run_dir, checkpoint, console)) as controller.sink:
                     controller.run()
     except ray.exceptions.RayTaskError as error:
         raise _own_error(error) from error

@@ -111,6 +111,9 @@ class SampleGroup:
     """int32 [P]: the prompt as the rollout engine saw it, picture placeholders expanded. The learner
     uses the same ids and checks that its own pictures fill exactly these placeholders."""
     samples: list[Sample]
+    checkable: bool = False
+    """Set by the reward worker: the prompt has a picture, and facts that a registered checker knows. Where it is False
+    the samples' ``false_claims`` of 0 say nothing."""
     blind: tuple[int, Sample] | None = None
     """``algorithm.mpo.pairs=dropout_ntp`` only: the place of the chosen sample in ``samples``, and its first half
     continued without the picture, which becomes the rejected one (its log-probabilities are ``nan``)."""

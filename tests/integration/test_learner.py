@@ -139,6 +139,7 @@ def test_a_resumed_step_equals_the_uninterrupted_one(results: Any, world_size: i
     assert distance(run["resumed_weights"], run["weights"][-1]) < 1e-6
     assert distance(run["weights"][-1], run["weights"][-2]) > 1e-5  # the step is not a trivial one
     assert run["resumed_delta"] == run["delta"]
+    assert run["resumed_decay"] == {0.0}
     assert run["resumed_metrics"] == pytest.approx(run["metrics"][-1], rel=1e-6, abs=1e-6)
 
 

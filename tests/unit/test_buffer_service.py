@@ -52,7 +52,7 @@ def make_group(
             )
         )
     prompt = Prompt(name, "?", () if facts is None else (PICTURE,), "", "exact", facts=facts or {})
-    return SampleGroup(prompt, np.array([1], dtype=np.int32), samples)
+    return SampleGroup(prompt, np.array([1], dtype=np.int32), samples, checkable=facts is not None)
 
 
 def service(seed=0, grpo=None, mpo_weight=0.0, threshold=1.0, pairs=1, **buffer):
@@ -133,6 +133,17 @@ def test_pairs_bring_their_members_with_weight_zero():
     assert batch.pairs == [PreferencePair(0, 1, 4.0), PreferencePair(3, 2, 5.0), PreferencePair(4, 5, 7.0)]
     assert (batch.grpo_samples, batch.grpo_tokens) == (3, 9)
     assert metrics["buffer/pairs_share"] == 0.75
+
+
+def test_replay_takes_only_places_that_no_fresh_sample_trains_in():
+    """Of eight fresh samples three are effective by the rule, but with filter=all seven train."""
+    advantages = [1.0, -1.0, 0.5, -0.5, 0.2, -0.2, 0.1, 0.0]
+    for only, free in ((GrpoFilter.effective, 8), (GrpoFilter.all, 1)):
+        buffer = service(mix=1.0, grpo=GrpoConfig(filter=only))
+        buffer.exchange([make_group("old", [1.0, -1.0] * 4)], 1, 0)
+        fresh = make_group("new", advantages, effective=False, version=1)
+        batch, metrics = buffer.exchange([fresh], 2, 1)
+        assert metrics["buffer/replayed"] == free and len(batch.items) == 8
 
 
 def test_filter_all_lets_the_reward_model_speak_alone():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
 
 import pytest
 
-from skyrl.checkpoint import Checkpoints, find_checkpoint, read_state, verify
+from skyrl.checkpoint import Checkpoints, check_settings, find_checkpoint, read_state, verify
+from skyrl.config import Config
+from skyrl.monitoring.records import jsonable
 from skyrl.types import SkyrlError
 
 
@@ -40,12 +43,14 @@ def test_an_error_while_saving_leaves_no_checkpoint_and_keeps_the_old_one(tmp_pa
         (folder / "half").write_text("half")
         raise OSError("disk full")
     assert Checkpoints(run, 2).complete() == [old]
-    assert find_checkpoint("auto", tmp_path / "runs") == old
+    settings(run)
+    assert find_checkpoint("auto", tmp_path / "runs" / "second", "mine") == old
 
 
 @pytest.mark.parametrize("damage", ["change", "remove", "manifest"])
 def test_auto_names_and_skips_a_broken_one(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     good, bad = write(tmp_path / "a", 1), write(tmp_path / "a", 2)
+    settings(tmp_path / "a")
     weights = bad / "learner" / "weights.bin"
     if damage == "change":
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -54,23 +59,59 @@ def test_auto_names_and_skips_a_broken_one(tmp_path: Path, caplog: pytest.LogCap
     else:
         (bad / "COMPLETE.json").write_text("{")
     with caplog.at_level(logging.WARNING):
-        assert find_checkpoint("auto", tmp_path) == good
+        assert find_checkpoint("auto", tmp_path / "b", "mine") == good
     assert str(bad) in caplog.text
+
+
+def settings(run: Path, **changes: object) -> dict:
+    """Writes a run's config.json."""
+    run.mkdir(parents=True, exist_ok=True)
+    content = jsonable(Config(name="mine")) | changes
+    (run / "config.json").write_text(json.dumps(content))
+    return content
 
 
 def test_an_explicit_broken_one_is_an_error(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     (folder / "learner" / "weights.bin").write_bytes(b"")
     with pytest.raises(SkyrlError, match=r"weights\.bin is not what was written"):
-        find_checkpoint(str(folder), tmp_path)
+        find_checkpoint(str(folder), tmp_path / "new", "mine")
 
 
-def test_auto_takes_the_newest_of_all_runs_and_nothing_if_there_is_none(tmp_path: Path) -> None:
-    assert find_checkpoint("auto", tmp_path) is None
-    write(tmp_path / "first", 9)
-    newest = write(tmp_path / "second", 2)
-    assert find_checkpoint("auto", tmp_path) == newest
-    assert find_checkpoint("no", tmp_path) is None
+def test_auto_takes_the_newest_of_all_runs_of_this_name_and_nothing_if_there_is_none(tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    assert find_checkpoint("auto", new, "mine") is None
+    for place, name in enumerate(("first", "second", "other")):
+        settings(tmp_path / name, name="other" if name == "other" else "mine")
+        time.sleep(0.01)
+        write(tmp_path / name, 9 - place)
+    assert find_checkpoint("auto", new, "mine") == tmp_path / "second" / "checkpoints" / "step_000008"
+    assert find_checkpoint("no", new, "mine") is None
+
+
+def test_a_folder_with_checkpoints_of_its_own_is_resumed_or_left_alone(tmp_path: Path) -> None:
+    own = write(tmp_path / "first", 1)
+    time.sleep(0.01)
+    settings(tmp_path / "second")
+    write(tmp_path / "second", 5)
+    assert find_checkpoint("auto", tmp_path / "first", "mine") == own
+    with pytest.raises(SkyrlError, match="holds the checkpoints of a run"):
+        find_checkpoint("no", tmp_path / "first", "mine")
+
+
+def test_a_resumed_run_says_what_it_does_differently(tmp_path: Path) -> None:
+    old = settings(tmp_path)
+    new = Config(name="mine", run_dir="elsewhere", resume="auto")
+    new.controller.steps, new.monitoring.console, new.data.eval_size = 7, False, 3
+    assert check_settings(old, jsonable(new)) == []
+    new.learner.lr, new.data.train_path = 0.5, "/moved.parquet"
+    assert check_settings(old, jsonable(new)) == [
+        "data.train_path: None → '/moved.parquet'",
+        "learner.lr: 0.0001 → 0.5",
+    ]
+    new.data.kinds, new.model.seed = ["max"], 3
+    with pytest.raises(SkyrlError, match=r"data\.kinds: \['sum'.* → \['max'\]; model\.seed: 0 → 3\. Repeat"):
+        check_settings(old, jsonable(new))
 
 
 def test_a_run_resumed_from_an_early_step_keeps_what_it_writes_next(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def group(
         false_claims=claims[1],
         error="the verifier was killed" if rule is None else None,
     )
-    return SampleGroup(Prompt(name, "?", images, "1", "numeric", kind, facts), np.zeros(3, np.int32), [sample])
+    prompt = Prompt(name, "?", images, "1", "numeric", kind, facts)
+    return SampleGroup(prompt, np.zeros(3, np.int32), [sample], checkable=pictured)
 
 
 def groups() -> list[SampleGroup]:

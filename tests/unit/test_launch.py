@@ -11,7 +11,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 from skyrl.config import Config, Squash, Trainable
-from skyrl.launch import CONF, compose_config
+from skyrl.launch import CONF, _resume_command, compose_config
 from skyrl.types import ConfigError
 from skyrl.validation import validate
 
@@ -88,3 +88,9 @@ def test_help_and_cfg_job_are_readable() -> None:
     settings = run("--cfg", "job", "controller.steps=7")
     assert settings.returncode == 0
     assert "  steps: 7" in settings.stdout
+
+
+def test_the_command_that_goes_on_repeats_all_settings() -> None:
+    assert _resume_command(["name=x", "resume=no", "algorithm=grpo", "data.kinds=[max,min]"]) == (
+        "python -m skyrl.launch name=x algorithm=grpo 'data.kinds=[max,min]' resume=auto"
+    )

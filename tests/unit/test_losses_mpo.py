@@ -59,9 +59,12 @@ def test_a_single_nan_is_no_unknown_record() -> None:
 def test_delta_takes_unknown_members_from_the_pass_before_the_step() -> None:
     step = batch([NAN, NAN], [-3.25])
     start = torch.tensor([-1.0, -2.0, 99.0, 99.0])  # only the unknown member's are read
-    got = pair_sums(step, [0, 1, 2], torch.tensor(REFERENCE), 0.1, start)
+    got = pair_sums(step, [0, 1, 2], torch.tensor(REFERENCE), 0.1, start, {0})
     assert got == pytest.approx(0.1 * ((-3.0 + 4.0) + (-3.25 + 2.0)))
-    assert pair_sums(step, [0, 1, 2], None, 0.1, start) == pytest.approx(0.1 * (-3.0 - 3.25))
+    assert pair_sums(step, [0, 1, 2], None, 0.1, start, {0}) == pytest.approx(0.1 * (-3.0 - 3.25))
+    # A recorded member is scored anew where the record is not exact.
+    start[2] = -3.0
+    assert pair_sums(step, [0, 1, 2], None, 0.1, start, {0, 1}) == pytest.approx(0.1 * (-3.0 - 3.0))
 
 
 def test_kl_to_the_reference_by_hand() -> None:

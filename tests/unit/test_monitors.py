@@ -43,7 +43,7 @@ def sample(
 def group(name: str, *samples: Sample, kind: str = "sum", picture: bool = True, facts: bool = True) -> SampleGroup:
     known = {"grid": [[1]]} if facts else {}
     prompt = Prompt(name, "?", (PICTURE,) if picture else (), "1", "numeric", kind, known)
-    return SampleGroup(prompt, np.zeros(3, dtype=np.int32), list(samples))
+    return SampleGroup(prompt, np.zeros(3, dtype=np.int32), list(samples), checkable=picture and facts)
 
 
 def test_claims_overall_and_by_kind() -> None:

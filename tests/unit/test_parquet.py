@@ -131,6 +131,7 @@ def test_limit_and_pickle(tmp_path: Path) -> None:
         ({"question": " \n"}, r"row 1, column 'question': got ' \\n'; allowed: a text that isn't empty"),
         ({"answer": None}, "row 1, column 'answer': got null"),
         ({"answer": "two"}, "row 1, column 'answer': the truth 'two' of a 'numeric' prompt is not a number"),
+        ({"kind": "math/algebra"}, "row 1, column 'kind': got 'math/algebra'; allowed: no slash"),
         ({"verifier": "nummeric"}, "row 1, column 'verifier': unknown verifier 'nummeric'; allowed: exact, numeric"),
         ({"facts": "{"}, r"row 1, column 'facts': got '\{'; allowed: a JSON object"),
         ({"facts": "[1]"}, r"row 1, column 'facts': got '\[1\]'; allowed: a JSON object"),

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from skyrl.config import Config, DataConfig
+from skyrl.config.ranges import PICTURE_KINDS
 from skyrl.controller import Pools
 from skyrl.data import pool
 from skyrl.data.parquet import ParquetPrompts, write_parquet
@@ -58,7 +59,7 @@ def sample(index, rule, total=0.0, claims=0, false_claims=0):
 def group(samples, pictured=True, facts=True):
     picture = np.zeros((2, 2, 3), dtype=np.uint8)
     prompt = Prompt("p", "?", (picture,) if pictured else (), "", "exact", "sum", {"grid": [[1]]} if facts else {})
-    return SampleGroup(prompt, np.zeros(1, dtype=np.int32), samples)
+    return SampleGroup(prompt, np.zeros(1, dtype=np.int32), samples, checkable=pictured and facts)
 
 
 # ---------------------------------------------------------------- one prompt
@@ -83,7 +84,7 @@ def test_the_file_has_the_columns_and_how_it_was_made(path, tmp_path):
     assert table.to_pylist() == [dataclasses.asdict(row) for row in rows_of()]
     assert table.column("pass_rate").null_count == 1
     assert pool_metadata(path) == {
-        **{"rows": 9, "data": {"source": "digits", "seed": 0, "text_share": 0.15}},
+        **{"rows": 9, "data": {"source": "digits", "seed": 0, "text_share": 0.15, "kinds": list(PICTURE_KINDS)}},
         **{"policy": "/m", "samples_per_prompt": 4, "temperature": 1.0, "seed": 3},
     }
     assert list(tmp_path.iterdir()) == [path]

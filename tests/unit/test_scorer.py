@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from skyrl.config import RewardConfig, Squash, Std
-from skyrl.rewards.scorer import RewardScorer, reward_metrics
-from skyrl.types import DataError, Prompt, Sample, SampleGroup
+from skyrl.rewards.scorer import RewardScorer, refuse_all_failed, reward_metrics
+from skyrl.types import DataError, Prompt, Sample, SampleGroup, SkyrlError
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 PLAIN = RewardConfig(model_weight=1.0, format_weight=0.1, squash=Squash.none, verifier_timeout=0.5)
@@ -86,10 +86,32 @@ def test_claims_are_checked(rules: RewardScorer) -> None:
     assert column(scored, "false_claims") == [0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("changes", [{"images": ()}, {"facts": {}}])
-def test_no_picture_or_no_facts_no_claims(rules: RewardScorer, changes: dict) -> None:
+@pytest.mark.parametrize("changes", [{"images": ()}, {"facts": {}}, {"facts": {"colour": "red"}}])
+def test_without_picture_or_facts_with_a_checker_nothing_is_known(rules: RewardScorer, changes: dict) -> None:
     (scored,) = rules.score([group(RIGHT, WRONG, **changes)])
-    assert column(scored, "claims") == [0, 0]
+    assert column(scored, "claims") == [0, 0] and not scored.checkable
+    rates = reward_metrics([scored])
+    assert math.isnan(rates["hallucination/rate"]) and math.isnan(rates["hallucination/coverage"])
+    (scored,) = rules.score([group(RIGHT, WRONG, facts={"grid": [[3, 1], [4, 1]], "colour": "red"})])
+    assert scored.checkable and reward_metrics([scored])["hallucination/coverage"] == 1.0
+
+
+def test_answers_that_can_never_be_scored_end_the_run(rules: RewardScorer) -> None:
+    failed = rules.score([group(RIGHT, answer="nine"), group(BARE, answer="ten")])
+    with pytest.raises(SkyrlError, match=r"^step 3: none of the 2 answers could be scored; the first: .*'nine'"):
+        refuse_all_failed(failed, "step 3")
+    refuse_all_failed([], "step 3")
+    refuse_all_failed([*failed, *rules.score([group(RIGHT)])], "step 3")
+
+
+def test_verifiers_are_checked_before_they_are_needed(rules: RewardScorer) -> None:
+    rules.check_verifiers(["numeric", "math", "hostile_verifiers:right", "numeric"])
+    with pytest.raises(DataError, match=r"verifier 'no_such_module:f'.*No module named 'no_such_module'"):
+        rules.check_verifiers(["numeric", "no_such_module:f"])
+    with pytest.raises(DataError, match=r"verifier 'hostile_verifiers:absent'.*can't be imported"):
+        rules.check_verifiers(["hostile_verifiers:absent"])
+    with pytest.raises(DataError, match=r"unknown verifier 'nonesuch'"):
+        rules.check_verifiers(["nonesuch"])
 
 
 def test_reward_model_decides_the_total_but_not_the_effective_samples() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from skyrl.algorithms.thresholds import Threshold, clopper_pearson_upper, risk_controlled, strictest
 from skyrl.config import ThresholdConfig, ThresholdFallback, ThresholdKind
 from skyrl.config.ranges import fewest_candidates
+from skyrl.types import DataError
 
 TARGET, CONFIDENCE = 0.1, 0.9
 
@@ -275,6 +276,19 @@ def test_risk_controlled_falls_back_and_recovers() -> None:
         "threshold/controlled": 1.0,
         "threshold/acceptance": 0.6,
     }
+
+
+def test_risk_control_without_anything_to_learn_from_is_an_error() -> None:
+    threshold = Threshold(config("risk_controlled", every=5), "algorithm.gate")
+    threshold.observe([], [])
+    assert not threshold.calibrate(6)  # no candidate at all yet
+    threshold.observe([1.0, 2.0], [math.nan, math.nan])
+    assert not threshold.calibrate(5)
+    with pytest.raises(DataError, match=r"algorithm\.gate\.kind=risk_controlled .* none of the 2 candidates"):
+        threshold.calibrate(6)
+    threshold.observe([3.0], [1])
+    assert not threshold.calibrate(6)  # too few, but some
+    Threshold(config("quantile", every=5)).observe([1.0], [math.nan])
 
 
 def test_metrics_of_the_other_kinds() -> None:

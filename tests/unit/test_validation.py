@@ -121,6 +121,7 @@ EDGE = [
 def test_the_ends_of_each_range_are_allowed(key: str, value: object) -> None:
     cfg = Config()
     cfg.algorithm.mpo.threshold.kind = ThresholdKind.fixed  # what risk control needs beyond the range has its own test
+    cfg.learner.zero_stage = 1  # likewise 16 bits
     assert problems(put(cfg, key, value)) == []
 
 
@@ -250,7 +251,36 @@ def broken_phrase(cfg: Config) -> None:
 
 
 def half_on_cpu(cfg: Config) -> None:
-    cfg.model.dtype = "float16"
+    cfg.model.dtype, cfg.learner.zero_stage = "float16", 1
+
+
+def half_without_zero(cfg: Config) -> None:
+    cfg.model.dtype = "bfloat16"
+
+
+def stages_of_which_one_is_off(cfg: Config) -> None:
+    cfg.algorithm.stage, cfg.algorithm.mpo_steps, cfg.algorithm.grpo.weight = Stage.mpo_then_grpo, 5, 0.0
+
+
+def mismatch_with_dual_clip(cfg: Config) -> None:
+    cfg.algorithm.grpo.mismatch, cfg.algorithm.grpo.dual_clip = Mismatch.sequence_mask, 3.0
+
+
+def refresh_that_never_comes(cfg: Config) -> None:
+    cfg.algorithm.stage, cfg.algorithm.grpo.kl_weight, cfg.algorithm.mpo.reference_every = Stage.grpo, 0.1, 5
+
+
+def several_pairs_under_risk_control(cfg: Config) -> None:
+    cfg.algorithm.mpo.pairs_per_prompt = 2
+
+
+def several_blind_pairs(cfg: Config) -> None:
+    cfg.algorithm.mpo.pairs, cfg.algorithm.mpo.pairs_per_prompt = PairSource.dropout_ntp, 2
+    cfg.algorithm.mpo.threshold.kind = ThresholdKind.off
+
+
+def window_that_is_never_full(cfg: Config) -> None:
+    cfg.algorithm.gate.kind, cfg.algorithm.gate.window = ThresholdKind.quantile, 31
 
 
 def shared_memory_on_gpus(cfg: Config) -> None:
@@ -273,6 +303,13 @@ def shared_memory_on_gpus(cfg: Config) -> None:
         (nccl_on_cpu, ["rollout.weight_sync=nccl", "rollout.device=cuda", "learner.device=cuda"]),
         (nccl_with_a_cpu_learner, ["rollout.weight_sync=nccl", "learner.device=cuda"]),
         (half_on_cpu, ["model.dtype=float16"]),
+        (half_without_zero, ["learner.zero_stage=0", "model.dtype=bfloat16"]),
+        (stages_of_which_one_is_off, ["algorithm.stage=mpo_then_grpo", "algorithm.grpo.weight=0"]),
+        (mismatch_with_dual_clip, ["algorithm.grpo.dual_clip=3.0", "mismatch=sequence_mask"]),
+        (refresh_that_never_comes, ["algorithm.mpo.reference_every=5", "set both to 0 and null"]),
+        (several_pairs_under_risk_control, ["algorithm.mpo.pairs_per_prompt=2", "risk_controlled"]),
+        (several_blind_pairs, ["algorithm.mpo.pairs_per_prompt=2", "dropout_ntp"]),
+        (window_that_is_never_full, ["algorithm.gate.window=31", "32 or more"]),
         (stage_without_its_term, ["algorithm.stage=mpo", "algorithm.mpo.weight=0"]),
         (one_stage_only, ["algorithm.mpo_steps=60", "controller.steps=60"]),
         (cispo_with_dual_clip, ["algorithm.grpo.dual_clip=3.0", "surrogate=cispo"]),
@@ -324,6 +361,7 @@ def test_combinations_that_are_possible() -> None:
     assert problems(cfg) == []
     cfg.rollout.device = cfg.learner.device = "cuda"
     cfg.rollout.weight_sync, cfg.rollout.tensor_parallel_size, cfg.model.dtype = WeightSync.nccl, 8, "float16"
+    cfg.learner.zero_stage = 1
     assert problems(cfg) == []
 
 

@@ -78,10 +78,19 @@ class RewardActor:
         gate = cfg.algorithm.gate
         fixed = gate.value if gate.kind is ThresholdKind.fixed else None
         self.monitors = build_monitors(cfg.hallucination, fixed)
-        self.gallery = cfg.evaluation.gallery
+        self.gallery, self.data = cfg.evaluation.gallery, cfg.data
 
     def ready(self) -> None:
-        """Answers once the actor is up."""
+        """Answers once the actor is up.
+
+        Raises:
+            DataError: if a verifier that the data names can't be imported here.
+        """
+        from skyrl.data.datasets import build_datasets
+
+        self.scorer.check_verifiers(
+            name for data in build_datasets(self.data).values() for name in getattr(data, "verifiers", list)()
+        )
 
     def score(self, groups: list[SampleGroup]) -> list[SampleGroup]:
         return self.scorer.score(groups)
@@ -91,8 +100,10 @@ class RewardActor:
     ) -> tuple[Metrics, list[dict[str, Any]]]:
         """The first ``shown`` parts saw the pictures, the others were asked without."""
         from skyrl.evaluation import summarise
+        from skyrl.rewards.scorer import refuse_all_failed
 
         groups = [group for part in parts[:shown] for group in part]
+        refuse_all_failed(groups, "evaluation")
         blind = [group for part in parts[shown:] for group in part]
         return summarise(groups, blind, gallery, self.gallery, self.monitors)
 
@@ -111,9 +122,10 @@ class BufferActor:
         """Answers once the actor is up."""
 
     def exchange(self, step: int, version: int, *parts: list[SampleGroup]) -> tuple[TrainBatch, Metrics]:
-        from skyrl.rewards.scorer import reward_metrics
+        from skyrl.rewards.scorer import refuse_all_failed, reward_metrics
 
         groups = [group for part in parts for group in part]
+        refuse_all_failed(groups, f"step {step}")
         batch, metrics = self.service.exchange(groups, step, version)
         samples = [sample for group in groups for sample in group.samples]
         counts = {"rollout_samples": len(samples), "rollout_tokens": sum(len(s.token_ids) for s in samples)}

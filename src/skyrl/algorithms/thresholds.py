@@ -19,6 +19,7 @@ from scipy.special import betaincinv
 from skyrl.config import ThresholdConfig, ThresholdFallback, ThresholdKind
 from skyrl.config.ranges import RISK_STARTS, fewest_candidates
 from skyrl.interfaces import Metrics
+from skyrl.types import DataError
 
 LEVELS = 20
 """The candidate thresholds of :func:`risk_controlled` let 2/20, 3/20, … 20/20 of the samples pass."""
@@ -117,12 +118,18 @@ class Threshold:
     a threshold that saw only what it let pass could never come down again.
     """
 
-    def __init__(self, cfg: ThresholdConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: ThresholdConfig, key: str = "threshold") -> None:
+        """
+        Args:
+            cfg: its settings.
+            key: their name, for messages.
+        """
+        self.cfg, self.key = cfg, key
         self.value = -math.inf if cfg.kind is ThresholdKind.off else cfg.value
         """τ. −inf: everything passes (``off``); +inf: nothing does (``fallback=nothing``)."""
         self.controlled = False
         """Whether the last calibration of ``risk_controlled`` found a threshold."""
+        self._unlabelled = 0
         self._scores: deque[float] = deque(maxlen=cfg.window)
         self._bad: deque[float] = deque(maxlen=cfg.window)
 
@@ -140,6 +147,7 @@ class Threshold:
         values, labels = _checked(scores, bad, unknown=True)
         if self.cfg.kind is ThresholdKind.risk_controlled:
             known = ~np.isnan(labels)
+            self._unlabelled += int((~known).sum())
             values, labels = values[known], labels[known]
         self._scores.extend(values.tolist())
         self._bad.extend(labels.tolist())
@@ -150,9 +158,19 @@ class Threshold:
 
         Returns:
             Whether τ was calculated (it may have come out the same).
+
+        Raises:
+            DataError: if ``risk_controlled`` is due and none of the candidates seen so far had known facts: τ would
+                stay at its first value for ever, in units of a reward model that nobody chose it for.
         """
         cfg = self.cfg
         due = step > 1 and (step - 1) % cfg.every == 0
+        if due and cfg.kind is ThresholdKind.risk_controlled and self._unlabelled and not self._scores:
+            raise DataError(
+                f"{self.key}.kind=risk_controlled learns from answers whose claims about a picture can be checked, but "
+                f"none of the {self._unlabelled} candidates so far has facts that a checker knows; use "
+                f"{self.key}.kind=quantile, fixed or off, or give the data facts (docs/hallucination.md)"
+            )
         if not due or len(self._scores) < cfg.min_labelled:
             return False
         if cfg.kind is ThresholdKind.quantile:
@@ -217,7 +235,7 @@ class Threshold:
         calibrated = self.cfg.kind in (ThresholdKind.quantile, ThresholdKind.risk_controlled)
         if calibrated and state["kind"] == self.cfg.kind.value:
             self.value = math.inf if state["value"] is None else state["value"]
-            self.controlled = state["controlled"]
+            self.controlled = state.get("controlled", False)  # checkpoints of older versions do not know
 
 
 def _checked(scores: ArrayLike, bad: ArrayLike, *, unknown: bool) -> tuple[np.ndarray, np.ndarray]:

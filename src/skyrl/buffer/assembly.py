@@ -164,8 +164,7 @@ def gate_candidates(groups: list[SampleGroup]) -> Candidates:
 
 
 def _label(group: SampleGroup, sample: Sample) -> float:
-    known = group.prompt.images and group.prompt.facts
-    return float(sample.false_claims > 0) if known else np.nan
+    return float(sample.false_claims > 0) if group.checkable else np.nan
 
 
 def _candidates(rows: list[tuple[float, float]]) -> Candidates:

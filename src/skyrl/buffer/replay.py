@@ -21,7 +21,7 @@ def replay_places(fresh: int, effective: int, cfg: BufferConfig) -> int:
 
     Args:
         fresh: samples of the rollout batch, failed ones too.
-        effective: those of them that carry a signal.
+        effective: those of them that train, because they carry a signal (with ``grpo.filter=all`` nearly all).
         cfg: ``enabled``, ``mix`` and ``fill_target`` count.
 
     Raises:

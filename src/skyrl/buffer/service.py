@@ -20,7 +20,7 @@ from skyrl.buffer.assembly import (
 from skyrl.buffer.offline import OfflinePairs
 from skyrl.buffer.replay import replay_places, replay_weights
 from skyrl.buffer.ssb import Drawn, SelectiveSampleBuffer
-from skyrl.config import AlgorithmConfig, BufferConfig, DataConfig, PairSource, RolloutConfig, ThresholdKind
+from skyrl.config import AlgorithmConfig, BufferConfig, DataConfig, GrpoFilter, PairSource, RolloutConfig, ThresholdKind
 from skyrl.interfaces import Metrics, flatten
 from skyrl.types import DataError, PreferencePair, SampleGroup, SkyrlError, TrainBatch, TrainItem
 
@@ -55,8 +55,8 @@ class BufferService:
         self.cfg = cfg
         self.algorithm = algorithm
         self.buffer = SelectiveSampleBuffer(cfg, seed)
-        self.margin = Threshold(algorithm.mpo.threshold)
-        self.gate = Threshold(algorithm.gate)
+        self.margin = Threshold(algorithm.mpo.threshold, "algorithm.mpo.threshold")
+        self.gate = Threshold(algorithm.gate, "algorithm.gate")
         self.pairs: OfflinePairs | None = None
         if data is not None and data.pairs_path is not None:
             if policy_folder is None:
@@ -86,7 +86,8 @@ class BufferService:
             ``buffer/age_mean`` a drawn one; without, the key is absent.
 
         Raises:
-            DataError: if reward-model scores needed for pairs are not finite, or a sample has no tokens.
+            DataError: if reward-model scores needed for pairs are not finite, a sample has no tokens, or a
+                risk-controlled threshold never sees an answer that can be checked.
             ValueError: if an effective advantage is not finite or a sample is newer than ``version``.
         """
         self.margin.calibrate(step)
@@ -174,11 +175,22 @@ class BufferService:
         """Drawn samples and their GRPO weights; afterwards the fresh ones are in the buffer too."""
         if not (self.cfg.enabled and self._terms(step)[0]):
             return [], np.zeros(0)
-        places = replay_places(len(flatten(groups)), _effective(groups, held), self.cfg)
+        places = replay_places(len(flatten(groups)), self._taken(groups, held), self.cfg)
         drawn = self.buffer.draw(places, version)
         weights = replay_weights(drawn, len(self.buffer), self.cfg)
         self.buffer.add(let_through(groups, held), version)
         return drawn, weights
+
+    def _taken(self, groups: list[SampleGroup], held: list[np.ndarray]) -> int:
+        """Places of the batch that fresh samples take: the effective ones, or with ``filter=all`` all that train."""
+        only = self.algorithm.grpo.filter
+        if only is GrpoFilter.effective:
+            return _effective(groups, held)
+        return sum(
+            in_grpo(sample, bool(no), only)
+            for group, gate in zip(groups, held, strict=True)
+            for sample, no in zip(group.samples, gate, strict=True)
+        )
 
     def _observe(self, groups: list[SampleGroup], held: list[np.ndarray], step: int) -> None:
         if self._terms(step)[1]:

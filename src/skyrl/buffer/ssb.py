@@ -236,7 +236,11 @@ class SelectiveSampleBuffer:
         return Entry(stored, samples, priority, version, math.log2(priority) + version * self._recency.bits)
 
     def _insert(self, entry: Entry, changed: dict[int, float]) -> None:
-        """Make room and put the entry in, unless it is itself the first to go. New weights are noted in ``changed``."""
+        """Make room and put the entry in, unless it is itself the first to go. New weights are noted in ``changed``.
+
+        With ``unit=group`` smaller units may have gone before one turns up that is worth more than the entry: the
+        buffer then keeps a little less than it could.
+        """
         store, count = self._store, len(entry.samples)
         while store.size + count > store.capacity:
             key, leaf = self._queue.first()

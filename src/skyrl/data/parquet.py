@@ -43,14 +43,15 @@ class ParquetPrompts:
 
     Raises:
         DataError: naming file, row and column, for a missing or unreadable file, missing columns, wrong types, nulls
-            or empty texts, an id that comes twice, an unknown verifier, a truth that its verifier can't read, facts
-            that are no JSON object, or a picture path without a file.
+            or empty texts, an id that comes twice, an unknown verifier, a truth that ``exact``, ``numeric`` or
+            ``choice`` can't read, a kind with a slash, facts that are no JSON object, or a picture path without a file.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None) -> None:
         self.path, self.limit = Path(path), limit
         self.table = ParquetTable(self.path, COLUMNS, REQUIRED, MAY_BE_NULL, limit)
         self.table.each("verifier", lambda row, name: verifier_reference(name), unique=True)
+        self.table.each("kind", _check_kind, unique=True)
         self.table.each("facts", lambda row, text: json_object(text))
         self.table.each("answer", self._check_truth)
 
@@ -84,10 +85,19 @@ class ParquetPrompts:
         """The ids of all rows, in order."""
         return self.table.ids()
 
+    def verifiers(self) -> list[str]:
+        """The different verifiers that the rows name."""
+        return sorted(set(self.table.column("verifier")))
+
     def _check_truth(self, row: int, answer: str) -> None:
         name = self.table.value("verifier", row)
         if name in SELF_CHECKED:
             get_verifier(name)(answer, answer)  # raises if it can't read the truth
+
+
+def _check_kind(row: int, kind: str) -> None:
+    if "/" in kind:
+        raise DataError(f"got {kind!r}; allowed: no slash, because the kind becomes part of a metric's name")
 
 
 def write_parquet(path: str | Path, prompts: Iterable[Prompt]) -> None:

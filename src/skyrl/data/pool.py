@@ -57,14 +57,14 @@ class PoolRow:
     mean_reward: float | None
     """Mean total reward of the scored answers; None without any."""
     hallucination_rate: float | None
-    """Share of all answers with a false claim about the picture; None without a picture or known facts."""
+    """Share of all answers with a false claim about the picture; None if its claims can't be checked."""
 
     @classmethod
     def of(cls, row: int, group: SampleGroup) -> PoolRow:
         """What a scored group says about its prompt."""
         prompt, samples = group.prompt, group.samples
         rewards = [sample.reward for sample in samples if sample.reward is not None]
-        known = bool(prompt.images and prompt.facts and samples)
+        known = group.checkable and bool(samples)
         return cls(
             row=row,
             id=prompt.id,
@@ -172,7 +172,8 @@ def spread(rates: np.ndarray) -> str:
 def _identity(data: DataConfig) -> dict[str, Any]:
     """What decides which prompt a row is, besides the number of rows and the ids."""
     if data.source == "digits":
-        return {"source": data.source, "seed": data.seed, "text_share": data.text_share}
+        kinds = list(data.kinds)
+        return {"source": data.source, "seed": data.seed, "text_share": data.text_share, "kinds": kinds}
     return {"source": data.source}
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from skyrl.algorithms.mpo import RunningDelta, compares_with_reference, uses_delta
 from skyrl.algorithms.objective import finalise, merge_stats
-from skyrl.config import Config
+from skyrl.config import Config, Stage
 from skyrl.data.encode import EncodedBatch, PromptEncoder
 from skyrl.data.packing import plan_micro_batches
 from skyrl.interfaces import Metrics
@@ -61,6 +61,8 @@ class DeepSpeedLearner:
         join_ranks(cfg.learner.device, rank, world_size, cfg.controller.timeout)
         torch.manual_seed(cfg.controller.seed)
         self.encoder = PromptEncoder.from_pretrained(policy_folder)
+        staged = cfg.algorithm.stage is Stage.mpo_then_grpo
+        self._mpo_steps = cfg.algorithm.mpo_steps if staged else cfg.controller.steps
         self.delta = RunningDelta(cfg.algorithm.mpo.delta, cfg.algorithm.mpo.delta_decay)
         settings = deepspeed_config(cfg.learner, cfg.model.dtype)
         module = self._module()
@@ -150,13 +152,15 @@ class DeepSpeedLearner:
         members = pair_members(batch, self.cfg.algorithm)
         if not members or not uses_delta(mpo):
             return None
-        # Where the rollout recorded nothing, log π_θ at the start of the step takes a forward pass of its own.
-        unknown = {i for i in members if unrecorded(batch.items[i].sample)}
+        # Where the rollout's record is missing or not the learner's own log π_θ (16 bit, top-p), it takes a forward
+        # pass: the mean of log π_rollout − log π_0 over sampled tokens would be too high by a KL divergence.
+        exact = self.cfg.model.dtype == "float32" and self.cfg.rollout.top_p == 1
+        unknown = {i for i in members if not exact or unrecorded(batch.items[i].sample)}
         starts = self._score(self._policy_logprobs, share, unknown)
         if mpo.reference_free:
             references = [None] * len(share.parts)
         parts = zip(share.parts, references, starts, strict=True)
-        own = sum(pair_sums(batch, part, reference, mpo.beta, start) for part, reference, start in parts)
+        own = sum(pair_sums(batch, part, reference, mpo.beta, start, unknown) for part, reference, start in parts)
         total = torch.tensor([own], dtype=torch.float64, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(total)
@@ -181,7 +185,7 @@ class DeepSpeedLearner:
                 self.delta.value,
                 self.cfg.algorithm,
                 self.cfg.rollout.max_new_tokens,
-                min(1.0, (batch.step - 1) / max(1, self.cfg.controller.steps - 1)),
+                min(1.0, (batch.step - 1) / max(1, self._mpo_steps - 1)),
             )
             loss, stats = loss + real.loss, real.stats
         if loss.requires_grad:  # else nothing of the step reaches a trained module: an adapter without any picture
@@ -283,6 +287,8 @@ class DeepSpeedLearner:
         """
         check_layout(folder, self.cfg)
         _, state = self.engine.load_checkpoint(str(folder), tag=TAG)
+        for group in self.engine.optimizer.param_groups:  # the settings of this run, not those of the checkpoint
+            group["betas"], group["weight_decay"] = tuple(self.cfg.learner.betas), self.cfg.learner.weight_decay
         self.delta.load_state_dict(state["delta"])
         if self.reference is not None:
             start = lambda: load_policy(self.policy_folder, self.cfg.model.dtype).named_parameters()  # noqa: E731

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,7 @@ def micro_loss(
         delta: δ of this step.
         cfg: Both algorithms.
         max_new_tokens: ``rollout.max_new_tokens``, the divisor of ``aggregation=fixed``.
-        progress: 0 at the first step of the run, 1 at its last, for the weights of the MPO term's parts.
+        progress: 0 at the first step that may train MPO, 1 at the last, for the weights of the MPO term's parts.
     """
     items = [batch.items[i] for i in part]
     lengths = [len(item.sample.token_ids) for item in items]
@@ -151,19 +151,24 @@ def unrecorded(sample: Sample) -> bool:
 
 
 def pair_sums(
-    batch: TrainBatch, part: list[int], reference: torch.Tensor | None, beta: float, start: torch.Tensor | None = None
+    batch: TrainBatch,
+    part: list[int],
+    reference: torch.Tensor | None,
+    beta: float,
+    start: torch.Tensor | None = None,
+    scored: Collection[int] = (),
 ) -> float:
     """Σ (β h_c + β h_r) over this micro-batch's pairs, for δ.
 
     Pairs are on-policy, so log π_θ at the start of the step is what the rollout recorded and no forward pass is needed,
-    except for members without a record.
+    except for members without a record or with one that is not exactly the learner's.
 
     Args:
         batch, part: As in :func:`micro_loss`.
         reference: [N] log π_0, read at pair members; None without a reference.
         beta: β.
-        start: [N] log π_θ at the start of the step, read at the :func:`unrecorded` pair members; None if the step has
-            none.
+        start: [N] log π_θ at the start of the step, read at the items ``scored``; None if there are none.
+        scored: Items of the whole step.
     """
     pairs = pairs_in(batch, part)
     if not pairs:
@@ -172,7 +177,7 @@ def pair_sums(
     lengths = [len(item.sample.token_ids) for item in items]
     sums = torch.tensor([float(item.sample.logprobs.sum()) for item in items])
     if start is not None:
-        sums = torch.where(torch.tensor([unrecorded(item.sample) for item in items]), _row_sums(start, lengths), sums)
+        sums = torch.where(torch.tensor([i in scored for i in part]), _row_sums(start, lengths), sums)
     references = None if reference is None else _row_sums(reference, lengths)
     chosen, rejected = _places(pairs, part)
     total = implicit_reward_sum(

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from skyrl.config import HallucinationConfig
 from skyrl.interfaces import Metrics, flatten
 from skyrl.rewards.format import extract_answer
-from skyrl.rewards.scorer import claim_rates, has_facts
+from skyrl.rewards.scorer import claim_rates
 from skyrl.types import BLIND_SUFFIX, DataError, RewardParts, Sample, SampleGroup
 
 PLUGINS = "skyrl.plugins"
@@ -40,7 +40,7 @@ def claims(groups: list[SampleGroup]) -> Metrics:
     }
     by_kind: dict[str, list[SampleGroup]] = {}
     for group in groups:
-        if has_facts(group.prompt) and group.samples:
+        if group.checkable and group.samples:
             by_kind.setdefault(group.prompt.kind, []).append(group)
     return metrics | {f"eval/hallucination/{kind}": claim_rates(own).chair_s for kind, own in sorted(by_kind.items())}
 
@@ -54,7 +54,7 @@ def gate_monitor(gate: float) -> Monitor:
 
     def monitor(groups: list[SampleGroup]) -> Metrics:
         answers = [
-            (sample.reward.model >= gate, has_facts(group.prompt), sample.false_claims > 0)
+            (sample.reward.model >= gate, group.checkable, sample.false_claims > 0)
             for group in groups
             for sample in group.samples
             if sample.reward is not None and _right(sample.reward) and not math.isnan(sample.reward.model)

@@ -21,7 +21,7 @@ from skyrl.rewards.verifiers import verifier_reference
 from skyrl.rewards.verifiers.choice import choice_verifier
 from skyrl.rewards.verifiers.exact import exact_verifier
 from skyrl.rewards.verifiers.numeric import numeric_verifier
-from skyrl.types import SkyrlError
+from skyrl.types import DataError, SkyrlError
 
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
@@ -88,6 +88,19 @@ class VerifierRunner:
             return Verdict(reply["score"], None)
         return Verdict(None, f"verifier {name!r}: {reply['error']}; answer {_short(answer)}, truth {_short(truth)}")
 
+    def check(self, name: str) -> None:
+        """Import a verifier where it will run.
+
+        Raises:
+            DataError: if it is unknown, or can't be imported there in time.
+            SkyrlError: if the child process can't be started.
+        """
+        reference = verifier_reference(name)
+        if name not in self._in_process:
+            reply = self._ask(reference)
+            if "error" in reply:
+                raise DataError(f"verifier {name!r}: {reply['error']}")
+
     def close(self) -> None:
         """End the child process; a later :meth:`verify` would start another."""
         if self._pipe is not None:
@@ -112,13 +125,14 @@ class VerifierRunner:
         except SkyrlError as error:  # all that these verifiers raise on purpose; anything else is a bug of theirs
             return {"error": describe(error)}
 
-    def _ask(self, reference: str, answer: str, truth: str) -> dict[str, Any]:
-        """Have the child verify; ``{"score": …}`` or ``{"error": …}``."""
+    def _ask(self, reference: str, answer: str | None = None, truth: str | None = None) -> dict[str, Any]:
+        """Have the child verify, ``{"score": …}`` or ``{"error": …}``; without an answer only import,
+        ``{"loaded": true}`` or ``{"error": …}``."""
         pipe = self._child()
         try:
             pipe.send_bytes(json.dumps({"reference": reference, "answer": answer, "truth": truth}).encode())
             reply = self._receive(pipe, START_LIMIT, f"could not be imported within {START_LIMIT:g} s")
-            if "loaded" in reply:
+            if "loaded" in reply and answer is not None:
                 reply = self._receive(pipe, self.timeout, f"killed after {self.timeout:g} s")
         except (EOFError, OSError):
             return {"error": f"its process {self._end_of_process()}"}

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 
 from skyrl.algorithms.advantages import group_advantages
-from skyrl.algorithms.hallucination import HallucinationRates, check_claims, hallucination_rates
+from skyrl.algorithms.hallucination import CHECKERS, HallucinationRates, check_claims, hallucination_rates
 from skyrl.algorithms.repetition import repeated_share
 from skyrl.config import RewardConfig, Std
 from skyrl.interfaces import Metrics, flatten
 from skyrl.rewards.format import extract_answer, format_reward
 from skyrl.rewards.hybrid import hybrid_reward
 from skyrl.rewards.runner import VerifierRunner
-from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup, SkyrlError
 
 
 class ModelScorer(Protocol):
@@ -57,6 +58,15 @@ class RewardScorer:
             self._score_group(group, model_scores)
         return groups
 
+    def check_verifiers(self, names: Iterable[str]) -> None:
+        """Import verifiers where they will run, so that a wrong name or a missing module shows before the run starts.
+
+        Raises:
+            DataError: for one that can't be.
+        """
+        for name in sorted(set(names)):
+            self._runner.check(name)
+
     def close(self) -> None:
         """End the verifier process."""
         self._runner.close()
@@ -80,6 +90,7 @@ class RewardScorer:
                     f"prompt {group.prompt.id!r}, sample {sample.index}: the reward model gave {model[place]}"
                 )
             _count_claims(group.prompt, sample)
+        group.checkable = is_checkable(group.prompt)
 
         valid = [place for place, sample in enumerate(group.samples) if sample.error is None]
         samples, rules = [group.samples[place] for place in valid], rules[valid]
@@ -110,9 +121,9 @@ class RewardScorer:
 
 
 def _count_claims(prompt: Prompt, sample: Sample) -> None:
-    """Fill ``claims`` and ``false_claims``; without a picture or without facts nothing can be checked."""
+    """Fill ``claims`` and ``false_claims``; without a picture or facts that a checker knows nothing can be checked."""
     sample.claims = sample.false_claims = 0
-    if not has_facts(prompt):
+    if not is_checkable(prompt):
         return
     try:
         claims = check_claims(sample.text, prompt.facts)
@@ -134,6 +145,16 @@ def reward_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metric
         "hallucination/false_claim_share": rates.chair_i,
         "hallucination/coverage": rates.coverage,
     }
+
+
+def refuse_all_failed(groups: list[SampleGroup], when: str) -> None:
+    """
+    Raises:
+        SkyrlError: if there are answers and not one could be scored; training would go on with nothing.
+    """
+    samples = flatten(groups)
+    if samples and all(sample.error is not None for sample in samples):
+        raise SkyrlError(f"{when}: none of the {len(samples)} answers could be scored; the first: {samples[0].error}")
 
 
 def answer_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metrics:
@@ -161,14 +182,15 @@ def answer_metrics(groups: list[SampleGroup], prefix: str = "reward/") -> Metric
 
 
 def claim_rates(groups: list[SampleGroup]) -> HallucinationRates:
-    """Rates of false claims over the samples of scored groups whose prompt has a picture and known facts."""
-    samples = flatten([group for group in groups if has_facts(group.prompt)])
+    """Rates of false claims over the samples of the scored groups that can be checked."""
+    samples = flatten([group for group in groups if group.checkable])
     return hallucination_rates([(sample.claims, sample.false_claims) for sample in samples])
 
 
-def has_facts(prompt: Prompt) -> bool:
-    """True if claims about the prompt's picture can be checked."""
-    return bool(prompt.images and prompt.facts)
+def is_checkable(prompt: Prompt) -> bool:
+    """True if claims about the prompt's picture can be checked in this process: it has facts, and one of them a checker
+    that was registered here."""
+    return bool(prompt.images) and any(name in CHECKERS for name in prompt.facts)
 
 
 def _mean(values: list[float] | list[int]) -> float:

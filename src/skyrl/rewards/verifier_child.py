@@ -3,7 +3,7 @@
 Messages are JSON, so that nothing which comes back can run code in the parent::
 
     child  → {"ready": true}                                        once
-    parent → {"reference": …, "answer": …, "truth": …}
+    parent → {"reference": …, "answer": …, "truth": …}              without an answer (null) it is only imported
     child  → {"loaded": true}                                       the verifier is imported, the clock starts
     child  → {"score": 1.0}  or  {"error": "ValueError: …"}
 """
@@ -69,13 +69,15 @@ def main(fd: int, limit: float) -> None:
         _die_after(0)
 
 
-def _serve(pipe: Connection, request: dict[str, str], limit: float) -> None:
+def _serve(pipe: Connection, request: dict[str, Any], limit: float) -> None:
     from skyrl.rewards.verifiers import load_verifier
 
     _die_after(START_LIMIT + BACKSTOP)
     verifier = load_verifier(request["reference"])
     _die_after(limit + BACKSTOP)
     _send(pipe, {"loaded": True})
+    if request["answer"] is None:
+        return
     _send(pipe, {"score": checked_score(verifier(request["answer"], request["truth"]))})
 
 

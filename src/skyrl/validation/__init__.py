@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 
-from skyrl.config import (
-    Config,
-    GrpoFilter,
-    Mismatch,
-    PairSource,
-    Ratio,
-    Stage,
-    Surrogate,
-    ThresholdKind,
-    Unit,
-    WeightSync,
-)
+from skyrl.config import Config, WeightSync
 from skyrl.config.ranges import (
     AT_LEAST_ONE,
     DEVICES,
     DTYPES,
     EMBEDDED_POSITIONS,
-    MAX_DECAY_BITS,
-    MIN_CONFIDENCE,
     NOT_NEGATIVE,
     OPEN_SHARES,
     OPTIONAL_NOT_NEGATIVE,
     PICTURE_KINDS,
     POSITIVE,
     SHARES,
-    fewest_candidates,
 )
 from skyrl.types import ConfigError
+from skyrl.validation.algorithm import algorithm_problems
 
 
 def validate(cfg: Config) -> None:
@@ -103,7 +89,7 @@ def _choices(cfg: Config) -> Iterator[str]:
 
 
 def _combinations(cfg: Config) -> Iterator[str]:
-    rollout, grpo, mpo = cfg.rollout, cfg.algorithm.grpo, cfg.algorithm.mpo
+    rollout = cfg.rollout
     if rollout.prompts_per_step % max(1, rollout.num_workers):
         yield (
             f"rollout.prompts_per_step={rollout.prompts_per_step} is not divisible by rollout.num_workers="
@@ -111,109 +97,9 @@ def _combinations(cfg: Config) -> Iterator[str]:
         )
     if rollout.prompts_per_step > cfg.data.train_size and cfg.data.source == "digits":
         yield f"rollout.prompts_per_step={rollout.prompts_per_step} is more than data.train_size={cfg.data.train_size}"
-    algorithm = cfg.algorithm
-    if not algorithm.uses_grpo and not algorithm.uses_mpo:
-        yield (
-            f"algorithm.stage={algorithm.stage.value} with algorithm.grpo.weight={grpo.weight:g} and "
-            f"algorithm.mpo.weight={mpo.weight:g}: nothing would be trained; set a weight above 0"
-        )
-    if algorithm.stage is Stage.mpo_then_grpo and not 1 <= algorithm.mpo_steps < cfg.controller.steps:
-        yield (
-            f"algorithm.mpo_steps={algorithm.mpo_steps}: with algorithm.stage=mpo_then_grpo it must be 1 or more and "
-            f"below controller.steps={cfg.controller.steps}, so that both stages run"
-        )
-    if not 0 <= grpo.clip_low < 1 or grpo.clip_high < 0:
-        yield (
-            f"algorithm.grpo.clip_low={grpo.clip_low}, clip_high={grpo.clip_high}: "
-            "clip_low must be in 0 … 1 and clip_high 0 or more"
-        )
-    yield from _reward_combinations(cfg)
-    yield from _objective_combinations(cfg)
-    yield from _buffer_combinations(cfg)
-    yield from _thresholds(cfg)
+    yield from algorithm_problems(cfg)
     yield from _data_combinations(cfg)
     yield from _device_combinations(cfg)
-
-
-def _reward_combinations(cfg: Config) -> Iterator[str]:
-    grpo, mpo = cfg.algorithm.grpo, cfg.algorithm.mpo
-    if cfg.model.reward is None:
-        if cfg.algorithm.uses_mpo and cfg.data.pairs_path is None and mpo.pairs is not PairSource.rule:
-            yield (
-                f"model.reward=null with algorithm.mpo.weight={mpo.weight:g}: a reward model chooses the pairs of "
-                f"pairs={mpo.pairs.value}; set model.reward, algorithm.mpo.pairs=rule, or algorithm.stage=grpo"
-            )
-        thresholds = {"algorithm.gate": cfg.algorithm.gate}
-        if cfg.algorithm.uses_mpo and mpo.pairs is PairSource.rule:
-            thresholds["algorithm.mpo.threshold"] = mpo.threshold
-        for key, threshold in thresholds.items():
-            if threshold.kind is not ThresholdKind.off:
-                yield f"model.reward=null with {key}.kind={threshold.kind.value}: needs a reward model; use off"
-        if cfg.reward.model_weight != 0:
-            yield f"model.reward=null with reward.model_weight={cfg.reward.model_weight}; set reward.model_weight=0"
-        if grpo.filter is GrpoFilter.all:
-            yield "model.reward=null with algorithm.grpo.filter=all: tied groups have no signal; use effective"
-    if cfg.model.policy != "digits" and cfg.model.reward == "digits":
-        yield (
-            "model.reward=digits only judges digit scenes; with your own model.policy set model.reward to a folder "
-            "or null"
-        )
-
-
-def _objective_combinations(cfg: Config) -> Iterator[str]:
-    grpo, mpo, stage = cfg.algorithm.grpo, cfg.algorithm.mpo, cfg.algorithm.stage
-    if grpo.surrogate is Surrogate.cispo and grpo.dual_clip is not None:
-        yield (
-            f"algorithm.grpo.dual_clip={grpo.dual_clip} with surrogate=cispo, which has no clipped objective; set "
-            "dual_clip=null or surrogate=clip"
-        )
-    if grpo.ratio is Ratio.sequence and grpo.mismatch in (Mismatch.token_truncate, Mismatch.token_mask):
-        yield (
-            f"algorithm.grpo.mismatch={grpo.mismatch.value} corrects single tokens, algorithm.grpo.ratio=sequence "
-            "whole samples; use mismatch=sequence_mask or none"
-        )
-    if mpo.reference_free and (mpo.reference_every or mpo.reference_kl is not None):
-        yield "algorithm.mpo.reference_free=true with reference_every or reference_kl: there is no reference to refresh"
-    if cfg.data.pairs_path is not None and stage is not Stage.mpo:
-        yield f"data.pairs_path with algorithm.stage={stage.value}: offline pairs train MPO alone; set stage=mpo"
-    if cfg.data.pairs_path is not None and not Path(cfg.data.pairs_path).is_file():
-        yield f"data.pairs_path={cfg.data.pairs_path}: no such file; it must be a Parquet file of pairs"
-
-
-def _buffer_combinations(cfg: Config) -> Iterator[str]:
-    buffer = cfg.buffer
-    if 0 < buffer.recency <= 1 and -math.log2(buffer.recency) * buffer.max_age > MAX_DECAY_BITS:
-        yield (
-            f"buffer.recency={buffer.recency} with buffer.max_age={buffer.max_age}: the oldest sample would never be "
-            f"drawn (recency^max_age is below 2^-{MAX_DECAY_BITS}); raise recency or lower max_age"
-        )
-    if buffer.unit is Unit.group and buffer.capacity < cfg.rollout.samples_per_prompt:
-        yield (
-            f"buffer.capacity={buffer.capacity} with buffer.unit=group: a group of rollout.samples_per_prompt="
-            f"{cfg.rollout.samples_per_prompt} would not fit; raise the capacity"
-        )
-
-
-def _thresholds(cfg: Config) -> Iterator[str]:
-    for key, threshold in (
-        ("algorithm.mpo.threshold", cfg.algorithm.mpo.threshold),
-        ("algorithm.gate", cfg.algorithm.gate),
-    ):
-        in_range = 0 < threshold.target_risk < 1 and 0 < threshold.confidence < 1
-        if threshold.kind is not ThresholdKind.risk_controlled or not in_range:
-            continue
-        if threshold.confidence < MIN_CONFIDENCE:
-            yield (
-                f"{key}.confidence={threshold.confidence}: with kind=risk_controlled it must be {MIN_CONFIDENCE} or "
-                "more, or its bound does not hold"
-            )
-        # With fewer, even a spotless sample can't show that the risk is under its target.
-        need = fewest_candidates(threshold.target_risk, threshold.confidence)
-        if threshold.min_labelled < need:
-            yield (
-                f"{key}.min_labelled={threshold.min_labelled}: target_risk={threshold.target_risk} with confidence="
-                f"{threshold.confidence} can't be shown with fewer than {need} labelled candidates; use {need} or more"
-            )
 
 
 def _data_combinations(cfg: Config) -> Iterator[str]:
@@ -256,6 +142,11 @@ def _device_combinations(cfg: Config) -> Iterator[str]:
         yield (
             f"rollout.weight_sync={rollout.weight_sync.value} needs rollout.device=cuda and learner.device=cuda; "
             "on CPU use shm"
+        )
+    if cfg.model.dtype in ("bfloat16", "float16") and learner.zero_stage == 0:
+        yield (
+            f"learner.zero_stage=0 with model.dtype={cfg.model.dtype}: the gradients of the micro-batches would add up "
+            "in 16 bits; use learner.zero_stage=1 or more, also with one worker"
         )
     if cfg.model.dtype == "float16" and "cpu" in (rollout.device, learner.device):
         yield "model.dtype=float16 is for GPUs; on CPU use float32"
