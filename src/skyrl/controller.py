@@ -122,9 +122,9 @@ class Controller:
     def _batch(self, times: _Stopwatch) -> tuple[Handle, Metrics]:
         """Sample, score, replay: the handle of the step's batch."""
         fresh = self._sample()
+        scored = self.pools.reward.score(fresh)
         self.pools.rollout.wait(fresh)
         times.lap("time/rollout")
-        scored = self.pools.reward.score(fresh)
         self.pools.reward.wait(scored)
         times.lap("time/reward")
         mpo_weight = self.cfg.algorithm.weights(self.step)[1]

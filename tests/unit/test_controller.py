@@ -38,7 +38,7 @@ def test_one_step_calls_every_part_in_the_order_of_the_dataflow(tmp_path: Path) 
     made.run()
     assert log.names() == [
         *("sync", "generate", "score", "wait_reward", "evaluate"),
-        *("generate", "wait_rollout", "score", "wait_reward", "exchange", "train", "sync"),
+        *("generate", "score", "wait_rollout", "wait_reward", "exchange", "train", "sync"),
         *("generate", "score", "wait_reward", "evaluate", "export"),
     ]
 

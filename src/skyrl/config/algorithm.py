@@ -107,7 +107,8 @@ class PairSource(Enum):
     rule = "rule"
     """A right against a wrong answer by the rule; the reward model chooses which of each."""
     dropout_ntp = "dropout_ntp"
-    """The reward model's best answer against its own first half, continued without the picture (DropoutNTP)."""
+    """The reward model's best answer against its own first half, continued without the picture (DropoutNTP). Such a
+    pair has no margin: ``mpo.threshold`` does not act on it, the gate does."""
 
 
 class Stage(Enum):
@@ -177,7 +178,7 @@ class ThresholdConfig:
     every: int = 5
     """Steps between recalibrations."""
     window: int = 512
-    """Newest labelled candidates that a calibration looks at."""
+    """Newest candidates that a calibration looks at (``risk_controlled``: newest with known facts)."""
     min_labelled: int = 32
     """Candidates below which nothing is calibrated."""
 
@@ -245,7 +246,8 @@ class MpoConfig:
     threshold: ThresholdConfig = field(
         default_factory=lambda: ThresholdConfig(kind=ThresholdKind.risk_controlled, value=2.0)
     )
-    """On r_θ(chosen) − r_θ(rejected)."""
+    """On r_θ(chosen) − r_θ(rejected). ``risk_controlled`` needs answers that can be checked; without any the run ends
+    at the first calibration."""
     pairs_per_prompt: int = 1
     """Most pairs formed in one group; a sample is in one pair at most."""
     reference_every: int = 0

@@ -31,8 +31,9 @@ class HallucinationConfig:
     """Monitors of visual hallucination; docs/hallucination.md describes each."""
 
     probe_prompts: int = 64
-    """Most evaluation prompts that the image-blind and the masked-picture probe look at, at each evaluation; those
-    without a picture are passed over. Bounds their cost, which ``eval/probe_seconds`` shows; 0 turns them off."""
+    """Most evaluation prompts that the image-blind and the masked-picture probe look at, at each evaluation. The first
+    takes so many prompts and passes over those without a picture, the second takes so many with one. Bounds their cost,
+    which ``eval/probe_seconds`` shows; 0 turns them off."""
     mask_share: float = 0.6
     """Share of a picture's patches that the masked-picture probe blackens."""
     mask_patch: int = 14
@@ -74,7 +75,8 @@ class ControllerConfig:
     steps: int = 60
     """Length of the run."""
     seed: int = 0
-    """Seed of sampling, replay and initialisation: the same seed and settings repeat a run."""
+    """Seed of sampling and replay. The order of prompts follows ``data.seed``, embedded models ``model.seed``; with the
+    same seeds and settings a run repeats."""
     timeout: float = 1800.0
     """Seconds after which a phase that does not end is an error."""
 
@@ -112,8 +114,9 @@ class Config:
     run_dir: str = ""
     """Folder of everything that a run writes; set by ``conf/config.yaml``. Every host must see it."""
     resume: str = "no"
-    """``no``, ``auto`` (the newest complete checkpoint of any run of this ``name``; a fresh run if there is none) or
-    the path of a checkpoint folder. A resumed run goes on in its old ``run_dir``."""
+    """``no``, ``auto`` (the newest complete checkpoint in ``run_dir``, else of the runs of this ``name`` whose folders
+    lie beside it; a fresh run if there is none) or the path of a checkpoint folder. A resumed run goes on in its old
+    ``run_dir``, with the data and models that it began with; it says what else has changed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

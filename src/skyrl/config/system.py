@@ -105,7 +105,7 @@ class RolloutConfig:
     """Sampling temperature; the learner applies it too."""
     top_p: float = 1.0
     """Nucleus sampling. Below 1 the recorded log-probabilities are those of the cut distribution, so the ratio to the
-    learner starts below 1."""
+    learner starts below 1, and δ of MPO takes a forward pass of its own."""
     max_prompt_tokens: int = 96
     """Longest prompt, pictures' placeholders included; a longer one is an error."""
     max_new_tokens: int = 64
@@ -185,7 +185,7 @@ class LearnerConfig:
     max_grad_norm: float = 1.0
     """The whole step's gradient is clipped to this L2 norm."""
     micro_batch_tokens: int = 8192
-    """Padded tokens (prompt and answer) of one forward pass; memory only, never the result."""
+    """Padded tokens (prompt and answer) of one forward pass; memory only, never the result (beyond rounding)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     device: str = "cpu"

@@ -36,12 +36,17 @@ def _threshold(prefix: str, what: str) -> dict[str, MetricInfo]:
     return {
         f"{prefix}/tau": _M("-", f"τ on {what}, raw reward-model units; absent while nothing passes."),
         f"{prefix}/controlled": _M(
-            "-", "1 if the last calibration found a τ that keeps the risk under its target; else 0: the fallback holds."
+            "-",
+            "1 if the last calibration found a τ that keeps the risk under its target; 0: fallback or first value.",
         ),
         f"{prefix}/labelled": _M("samples", "Candidates in the calibration window whose facts are known."),
         f"{prefix}/acceptance": _M("share", "Candidates at or above τ, of the window."),
         f"{prefix}/risk": _M("share", "Hallucinating ones, of the labelled candidates at or above τ."),
-        f"{prefix}/risk_bound": _M("share", "Upper confidence bound of that share (Clopper-Pearson)."),
+        f"{prefix}/risk_bound": _M(
+            "share",
+            "Upper confidence bound of that share (Clopper-Pearson), as if τ had been fixed beforehand; the search for "
+            "τ asks for more, so it can be under the target while `controlled` is 0.",
+        ),
     }
 
 
@@ -100,7 +105,8 @@ METRICS: dict[str, MetricInfo] = {
     "learner/tokens": _M("tokens", "Answer tokens trained on in the step, over all ranks."),
     "learner/distinct_share": _M(
         "share",
-        "Part of the train batch that is left when equal answers to one prompt count once: what a forward pass runs.",
+        "Part of the train batch that is left when equal answers to one prompt count once, over the whole step; a "
+        "forward pass runs equal rows of its own micro-batch once.",
     ),
     "learner/micro_batches": _M("batches", "Forward passes into which the step was cut, of the rank with most."),
     "learner/logprob_gap_fresh": _M(
@@ -145,8 +151,8 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "buffer/effective_share": _M(
         "share",
-        "Fresh effective and replayed answers together, of the places of the rollout batch (all answers sampled in "
-        "the step): with the buffer.",
+        "Fresh effective (without what a gate withholds) and replayed answers together, of the places of the rollout "
+        "batch (all answers sampled in the step): with the buffer.",
     ),
     "buffer/size": _M("samples", "Samples in the buffer after the step's exchange."),
     "buffer/age_mean": _M("versions", "Policy versions since sampling, mean over the replayed samples of the step."),
@@ -154,7 +160,9 @@ METRICS: dict[str, MetricInfo] = {
     "buffer/prompts": _M(
         "prompts", "Sampled groups that the buffer holds samples of; a prompt sampled twice counts twice."
     ),
-    "buffer/mass": _M("-", "Sum of the sampling weights |advantage|^alpha over the buffer."),
+    "buffer/mass": _M(
+        "-", "Sum of the sampling priorities over the buffer: |advantage|^alpha, by group its mean, times recency."
+    ),
     "buffer/replayed": _M("samples", "Replayed samples in the batch of the step."),
     "buffer/pairs_share": _M("pairs/prompt", "Preference pairs formed in the step, per fresh prompt of the step."),
     "batch/items": _M("samples", "Samples in the batch: fresh, replayed, and those there only for a preference pair."),
