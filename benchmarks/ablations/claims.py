@@ -129,6 +129,14 @@ CLAIMS = (
         "mpo_adapter", "mpo_language", ACCURACY, 1,
     ),
     Claim(
+        "Recipe", "The default experiment is more accurate with a frozen vision tower", OURS, NO_FIGURE,
+        "experiment_language", "experiment", ACCURACY, 1,
+    ),
+    Claim(
+        "Recipe", "The default experiment hallucinates less with a frozen vision tower", OURS, NO_FIGURE,
+        "experiment_language", "experiment", HALLUCINATION, -1,
+    ),
+    Claim(
         "Thresholds", "At the end accuracy is further below its own best with a low threshold than with a high one",
         PAPER, "τ = 10: MMMU 73.6 at step 750, 68.9 at 2,420",
         "mpo_low", "mpo_high", drop_from_best("eval/accuracy"), 1,

@@ -117,8 +117,9 @@ def _efficiency() -> tuple[Column, ...]:
 
 def _table(rows: Sequence[Row], methods: Sequence[str], columns: Sequence[Column], start: bool = False) -> list[str]:
     lines = [f"| | {' | '.join(name for name, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    if start and rows:
-        values = [_before(rows, figure) * factor for _, figure, factor in columns]
+    own = [row for row in rows if row["method"] in methods]
+    if start and own:
+        values = [_before(own[0], figure) * factor for _, figure, factor in columns]
         lines.append(f"| warm start | {' | '.join(_number(value) for value in values)} |")
     for method in methods:
         runs = sum(row["method"] == method for row in rows)
@@ -132,9 +133,8 @@ def _cell(value: Interval, factor: float, runs: int) -> str:
     return shown(value, factor) + (f" ({value.count} of {runs})" if 0 < value.count < runs else "")
 
 
-def _before(rows: Sequence[Row], figure: Figure) -> float:
-    """The same figure of the evaluation before training, which all runs share."""
-    row = rows[0]
+def _before(row: Row, figure: Figure) -> float:
+    """The same figure of the evaluation before training, which all runs of a table share."""
     return figure(row | {"evaluations": row["evaluations"][:1]})
 
 

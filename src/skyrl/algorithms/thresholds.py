@@ -53,8 +53,8 @@ def risk_controlled(
 
     The place of the starts: from 2/20 alone two bad samples among the first fifty end the search, though further down
     the bound would hold easily. Simulated with a risk that grows from 0.03 to 0.11 over 512 samples (target 0.1,
-    confidence 0.9), one start found nothing in 26 % of the windows, two in 9 %. The price is half of the error for each:
-    where only the best scores are safe, two starts find nothing more often (``benchmarks/risk_control.py``).
+    confidence 0.9), one start found nothing in 26 % of the windows, two in 9 %. The price is half of the error for
+    each: where only the best scores are safe, two starts find nothing more often (``benchmarks/risk_control.py``).
 
     Fixed-sequence testing with several starts, as in Learn then Test (Angelopoulos et al., arXiv 2110.01052). Each walk
     goes through a fixed list of thresholds from the highest down. At each one the null hypothesis "more than
