@@ -46,11 +46,9 @@ SLOW = "learner.lr=1e-4"
 EXPERIMENT = (
     "data.kinds=[sum,max,min,count,row_difference]",
     "rollout.prompts_per_step=64",
-    "controller.steps=60",
-    "evaluation.every=20",
     SLOW,
 )
-"""The default experiment, as ``make train`` runs it."""
+"""The first half of the default experiment, as ``make train`` runs it."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     # Table 2
@@ -79,6 +77,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "mpo_low": (*MPO, "algorithm.mpo.threshold.kind=fixed", "algorithm.mpo.threshold.value=0"),
     "mpo_middle": (*MPO, "algorithm.mpo.threshold.kind=fixed", "algorithm.mpo.threshold.value=2"),
     "mpo_high": (*MPO, "algorithm.mpo.threshold.kind=fixed", "algorithm.mpo.threshold.value=5"),
+    "mpo_strictest": (*MPO, "algorithm.mpo.threshold.fallback=strictest"),
     "mpo_quantile": (*MPO, "algorithm.mpo.threshold.kind=quantile"),
     # The default's own learning rate
     "default_slow": (SLOW,),
@@ -118,7 +117,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     ),
     "Learning rate": ("default", "default_slow", "grpo", "grpo_slow", "grpo_rule", "grpo_rule_slow"),
     "Default experiment": ("experiment", "experiment_language"),
-    "Thresholds": ("mpo_low", "mpo_middle", "mpo_high", "mpo_quantile", "mpo"),
+    "Thresholds": ("mpo_low", "mpo_middle", "mpo_high", "mpo_quantile", "mpo_strictest", "mpo"),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skyrl.algorithms.thresholds import Threshold, clopper_pearson_upper, risk_controlled, strictest
+from skyrl.algorithms.thresholds import Threshold, clopper_pearson_upper, risk_controlled, safest, strictest
 from skyrl.config import ThresholdConfig, ThresholdFallback, ThresholdKind
 from skyrl.config.ranges import fewest_candidates
 from skyrl.types import DataError
@@ -94,8 +94,23 @@ def test_second_walk_by_hand() -> None:
 def test_strictest_lets_the_highest_tenth_pass() -> None:
     scores = np.random.default_rng(0).permutation(30).astype(float)
     assert strictest(scores) == 27.0
-    assert strictest(scores[:31]) == 27.0 and strictest([4.0]) == 4.0 and strictest([1.0, 5.0, 2.0]) == 5.0
+    assert strictest([4.0]) == 4.0 and strictest([1.0, 5.0, 2.0]) == 5.0
     assert strictest(np.arange(31.0)) == 27.0  # four: at least a tenth
+
+
+def test_safest_has_the_lowest_bound() -> None:
+    scores = np.arange(20, 0, -1.0)
+    # None bad: the more that pass, the lower the bound 1 - 0.1^(1/n). All bad: equal bounds of 1, so the lowest.
+    assert safest(scores, np.zeros(20), 0.9) == 1.0 and safest(scores, np.ones(20), 0.9) == 1.0
+    # The last ten are bad: 0 of 10 has 0.206, 1 of 11 has 0.310, 0 of 9 has 0.226.
+    assert safest(scores, scores <= 10, 0.9) == 11.0
+    # The best two are bad: 2 of 20 has 0.245, 2 of 10 has 0.450, 2 of 2 has 1.
+    assert safest(scores, scores >= 19, 0.9) == 1.0
+    # Equal scores pass together: at 5 all forty do, 10 bad of them; at 6 twenty with none.
+    assert safest(np.repeat([6.0, 5.0], 20), np.repeat([0, 0, 0, 1], 10), 0.9) == 6.0
+    # Below a tenth nothing is looked at: the first of twenty alone would have 0.9, the first two 0.684.
+    assert safest(scores, scores <= 18, 0.9) == 19.0
+    assert safest([3.0], [1], 0.9) == 3.0
 
 
 def test_equal_scores_pass_together() -> None:
@@ -250,7 +265,9 @@ def test_risk_controlled_falls_back_and_recovers() -> None:
     assert threshold.metrics("gate/") == {"gate/labelled": 0.0, "gate/tau": 2.0, "gate/controlled": 0.0}
     threshold.cfg.min_labelled = 10
     threshold.observe(np.arange(10.0), np.ones(10))
-    assert threshold.calibrate(2) and threshold.value == 9.0
+    assert threshold.calibrate(2) and threshold.value == 0.0  # all are equally bad
+    threshold.cfg.fallback = ThresholdFallback.strictest
+    assert threshold.calibrate(3) and threshold.value == 9.0
     assert threshold.metrics("gate/") == {
         "gate/labelled": 10.0,
         "gate/tau": 9.0,
@@ -260,13 +277,13 @@ def test_risk_controlled_falls_back_and_recovers() -> None:
         "gate/risk_bound": 1.0,
     }
     threshold.cfg.fallback = ThresholdFallback.nothing
-    assert threshold.calibrate(3) and threshold.value == math.inf
+    assert threshold.calibrate(4) and threshold.value == math.inf
     metrics = threshold.metrics("gate/")
     assert math.isnan(metrics.pop("gate/risk"))
     assert metrics == {"gate/labelled": 10.0, "gate/controlled": 0.0, "gate/acceptance": 0.0, "gate/risk_bound": 1.0}
     threshold.observe(np.arange(10.0), np.arange(10) <= 4)
     # 1 bad of 6: 7/64 <= 0.125 passes, 2 of 7: 29/128 does not.
-    assert threshold.calibrate(4) and threshold.value == 4.0
+    assert threshold.calibrate(5) and threshold.value == 4.0
     metrics = threshold.metrics()
     assert metrics.pop("threshold/risk_bound") == pytest.approx(clopper_pearson_upper(1, 6, 0.75))
     assert metrics.pop("threshold/risk") == pytest.approx(1 / 6)

@@ -23,8 +23,7 @@ from skyrl.types import DataError
 
 LEVELS = 20
 """The candidate thresholds of :func:`risk_controlled` let 2/20, 3/20, … 20/20 of the samples pass."""
-STRICTEST = 2 / LEVELS
-"""Share that passes with ``fallback=strictest``."""
+LOWEST = 2
 
 
 def clopper_pearson_upper(bad: int, total: int, confidence: float) -> float:
@@ -90,26 +89,44 @@ def risk_controlled(
         raise ValueError(f"target_risk={target_risk}, confidence={confidence}; allowed: above 0 and below 1")
     total, fewest = len(values), fewest_candidates(target_risk, confidence, len(starts))
     each = 1 - (1 - confidence) / len(starts)
-    order = np.argsort(-values, kind="stable")
-    values, bad_above = values[order], np.cumsum(labels[order])
     found = None
     for start in starts:
         for level in range(start, LEVELS + 1):
             count = max(fewest, math.ceil(level * total / LEVELS))
             if count > total:
                 break
-            tau = float(values[count - 1])
-            passing = int(np.searchsorted(-values, -tau, side="right"))  # samples of equal score pass together
-            if clopper_pearson_upper(int(bad_above[passing - 1]), passing, each) > target_risk:
+            tau, bad_ones, passing = _passing(values, labels, count)
+            if clopper_pearson_upper(bad_ones, passing, each) > target_risk:
                 break
             found = tau if found is None else min(found, tau)
     return found
 
 
+def safest(scores: ArrayLike, bad: ArrayLike, confidence: float) -> float:
+    """Of the thresholds that let 2/20, 3/20, … 20/20 of N ≥ 1 samples pass, the one with the lowest Clopper-Pearson
+    bound on the share of bad ones; among equals the lowest. It says nothing about that share: it is a choice after
+    looking.
+
+    Args and errors: as :func:`risk_controlled`.
+    """
+    values, labels = _checked(scores, bad, unknown=False)
+    counts = sorted({math.ceil(level * len(values) / LEVELS) for level in range(LOWEST, LEVELS + 1)})
+    at = [_passing(values, labels, count) for count in counts]
+    return min((clopper_pearson_upper(bad_ones, n, confidence), tau) for tau, bad_ones, n in at)[1]
+
+
 def strictest(scores: ArrayLike) -> float:
     """The threshold that lets the highest tenth of N ≥ 1 scores pass, at least one."""
     values = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
-    return float(values[math.ceil(STRICTEST * len(values)) - 1])
+    return float(values[math.ceil(LOWEST * len(values) / LEVELS) - 1])
+
+
+def _passing(values: np.ndarray, labels: np.ndarray, count: int) -> tuple[float, int, int]:
+    """The threshold that lets the ``count`` highest pass, and how many bad ones and how many in all it lets pass:
+    samples of equal score pass together."""
+    tau = float(np.partition(values, len(values) - count)[len(values) - count])
+    passes = values >= tau
+    return tau, int(labels[passes].sum()), int(passes.sum())
 
 
 class Threshold:
@@ -180,12 +197,16 @@ class Threshold:
             found = risk_controlled(self._scores, self._bad, cfg.target_risk, cfg.confidence)
             self.controlled = found is not None
             if found is None:
-                closed = cfg.fallback is ThresholdFallback.nothing
-                found = math.inf if closed else strictest(self._scores)
+                found = self._fallback()
             self.value = found
         else:
             return False
         return True
+
+    def _fallback(self) -> float:
+        if self.cfg.fallback is ThresholdFallback.safest:
+            return safest(self._scores, self._bad, self.cfg.confidence)
+        return strictest(self._scores) if self.cfg.fallback is ThresholdFallback.strictest else math.inf
 
     def metrics(self, prefix: str = "threshold/") -> Metrics:
         """What is defined of: ``tau`` (a finite one), ``controlled`` (``risk_controlled`` only: 1.0 if the last

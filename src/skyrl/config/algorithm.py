@@ -155,8 +155,11 @@ class Eviction(Enum):
 class ThresholdFallback(Enum):
     """What passes while ``risk_controlled`` finds no threshold that keeps the risk under its target."""
 
+    safest = "safest"
+    """What lies above the threshold whose upper bound on the risk is lowest: it is not under control, but nothing is
+    known to be better."""
     strictest = "strictest"
-    """The tenth of the candidates with the highest scores: learning goes on with what is most likely right."""
+    """The tenth of the candidates with the highest scores."""
     nothing = "nothing"
     """Nothing. If the policy learns from nothing else, its risk never changes either."""
 
@@ -173,7 +176,7 @@ class ThresholdConfig:
     """Largest share of hallucinating answers among those that pass (``risk_controlled``)."""
     confidence: float = 0.9
     """Probability with which the bound on that share holds (``risk_controlled``)."""
-    fallback: ThresholdFallback = ThresholdFallback.strictest
+    fallback: ThresholdFallback = ThresholdFallback.safest
     """What passes while no τ keeps the risk under ``target_risk`` (``risk_controlled``)."""
     every: int = 5
     """Steps between recalibrations."""
