@@ -176,7 +176,8 @@ def test_math(answer: str, truth: str, score: float) -> None:
 
 
 def test_endless_math_is_killed() -> None:
-    verdict = math_runner().verify("math", "9^{9^{9^{9}}}", "9")
+    with VerifierRunner(timeout=2.0) as runner:
+        verdict = runner.verify("math", "9^{9^{9^{9}}}", "9")
     assert verdict.score is None and "killed after 2 s" in str(verdict.error)
 
 
@@ -190,7 +191,7 @@ _MATH: list[VerifierRunner] = []
 def math_runner() -> VerifierRunner:
     """One process for all the tests: sympy takes a second to load."""
     if not _MATH:
-        _MATH.append(VerifierRunner(timeout=2.0))
+        _MATH.append(VerifierRunner(timeout=30.0))  # what is tested is the verdict, also on a busy machine
     return _MATH[0]
 
 
