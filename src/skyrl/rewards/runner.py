@@ -128,14 +128,20 @@ class VerifierRunner:
     def _ask(self, reference: str, answer: str | None = None, truth: str | None = None) -> dict[str, Any]:
         """Have the child verify, ``{"score": …}`` or ``{"error": …}``; without an answer only import,
         ``{"loaded": true}`` or ``{"error": …}``."""
+        before = self._process
         pipe = self._child()
+        in_use_before = before is not None and self._process is before
+        reply: dict[str, Any] = {}
         try:
             pipe.send_bytes(json.dumps({"reference": reference, "answer": answer, "truth": truth}).encode())
             reply = self._receive(pipe, START_LIMIT, f"could not be imported within {START_LIMIT:g} s")
             if "loaded" in reply and answer is not None:
                 reply = self._receive(pipe, self.timeout, f"killed after {self.timeout:g} s")
         except (EOFError, OSError):
-            return {"error": f"its process {self._end_of_process()}"}
+            end = self._end_of_process()
+            if in_use_before and not reply:  # it died since the last answer, and its pipe did not show it at once
+                return self._ask(reference, answer, truth)
+            return {"error": f"its process {end}"}
         return reply
 
     def _receive(self, pipe: Connection, seconds: float, too_late: str) -> dict[str, Any]:
