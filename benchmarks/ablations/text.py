@@ -54,7 +54,8 @@ NOTES = {
     "one learning rate, which need not suit each.",
     "learning_rate": "The same at half the learning rate (`_slow`): 1e-4, the default experiment's.",
     "recipe": "Which recipe the default experiment shall have, at its learning rate of 1e-4. `default_slow_language`: "
-    "the vision tower stays as it was.",
+    "the vision tower stays as it was. A setting of the default gives way only to one that is better with an interval "
+    "on one side of 0.",
     "thresholds": "MPO alone under different thresholds on the reward-model margin of a pair: fixed at 0, 2 and 5, the "
     "median of recent margins, and risk-controlled (`mpo`, the default). Where the risk is not under control, τ "
     "is the one with the lowest upper bound on the risk (`fallback=safest`, the default), or lets the tenth of the "
