@@ -139,7 +139,7 @@ def test_a_resumed_step_equals_the_uninterrupted_one(results: Any, world_size: i
     assert distance(run["resumed_weights"], run["weights"][-1]) < 1e-6
     assert distance(run["weights"][-1], run["weights"][-2]) > 1e-5  # the step is not a trivial one
     assert run["resumed_delta"] == run["delta"]
-    assert run["resumed_decay"] == {0.0}
+    assert run["resumed_decay"] == {0.7}  # the resumed run's setting, not the checkpoint's
     assert run["resumed_metrics"] == pytest.approx(run["metrics"][-1], rel=1e-6, abs=1e-6)
 
 
@@ -231,7 +231,12 @@ def test_not_finite_stops_every_rank_and_spares_the_policy(results: Any, world_s
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_follows_float32(results: Any, stage: int) -> None:
-    for half, full in zip(results[1, 0]["bfloat16", stage], results[1, 0]["train", stage]["metrics"], strict=False):
+    of_type = {dtype: results[1, 0]["half_precision", dtype, stage] for dtype in ("bfloat16", "float32")}
+    assert len(of_type["float32"]) == 2
+    # Made-up records and the learner's own log π_θ give different δ, so the loss shows which was used.
+    recorded = results[1, 0]["train", stage]["metrics"][0]
+    assert abs(of_type["float32"][0]["mpo/delta"] - recorded["mpo/delta"]) > 1e-3
+    for half, full in zip(of_type["bfloat16"], of_type["float32"], strict=True):
         assert half["loss/total"] == pytest.approx(full["loss/total"], rel=0.02)
         assert half["learner/grad_norm"] == pytest.approx(full["learner/grad_norm"], rel=0.05)
 
