@@ -55,7 +55,7 @@ def main() -> None:
 
 def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
     """Whole steps first, then each bare part in a process of its own."""
-    from skyrl.actors.system import COMMON_ENVIRONMENT
+    from skyrl.actors.placement import COMMON_ENVIRONMENT
 
     records = whole_steps(work, steps)
     result = {"step": _median(record["time/step"] for record in records[warm_up:])}

@@ -234,9 +234,24 @@ class Cases:
                 self.half_precision(stage)
             else:
                 self.steps("few", settings(stage, 2), 1, num_prompts=1, per_prompt=1)
+        if self.world_size > 1:
+            self.sharded()
         if self.world_size == 1:
             self.steps("few", settings(1), 1, num_prompts=1, per_prompt=1)
             self.others()
+
+    def sharded(self) -> None:
+        """Elements that a rank holds of a policy loaded for ZeRO-3, and of how many; then a frozen and checkpointed one
+        under ZeRO-3, as large policies are trained."""
+        from skyrl.learner.deepspeed_config import deepspeed_config
+        from skyrl.models.policy import load_policy
+
+        cfg = settings(3, self.world_size)
+        loaded = list(load_policy(self.policy, "float32", deepspeed_config(cfg.learner, "float32")).parameters())
+        held = sum(p.numel() + p.ds_tensor.numel() for p in loaded)
+        self.results["sharded_load", 3] = held, sum(p.ds_numel for p in loaded)
+        cfg.learner.trainable, cfg.learner.gradient_checkpointing = Trainable.adapter, True
+        self.steps("adapter_checkpointing", cfg, 1)
 
     def others(self) -> None:
         for trainable in (Trainable.language_and_adapter, Trainable.adapter_and_vision):

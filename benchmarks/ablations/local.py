@@ -99,7 +99,7 @@ class LocalSyncer:
         snapshot = self.learner.snapshot(version)
         assert snapshot is not None  # the only rank has the weights
         megabytes = self.rollout.load_weights(snapshot)
-        gap = self.learner.probe_gap(self.rollout.probe())
+        gap = self.learner.probe_gap(self.rollout.probe())["largest"]
         if not gap <= GAP_LIMIT:
             raise SyncError(f"after weight sync {version} rollout and learner differ by {gap:.3g} on the probe")
         return {"sync/logprob_gap": gap, "sync/megabytes": megabytes}

@@ -31,7 +31,7 @@ EVALUATION_METRICS = ("eval/",)
 
 def prepare_environment() -> None:
     """One thread for everything: two workers fill two cores better than one worker with two threads."""
-    from skyrl.actors.system import COMMON_ENVIRONMENT
+    from skyrl.actors.placement import COMMON_ENVIRONMENT
     from skyrl.config import RolloutConfig
     from skyrl.rollout.environment import rollout_environment
 

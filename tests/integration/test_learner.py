@@ -129,6 +129,19 @@ def test_fewer_items_than_ranks(results: Any, stage: int) -> None:
     assert one["metrics"][0]["learner/tokens"] == two["metrics"][0]["learner/tokens"]
 
 
+def test_under_zero_3_a_rank_holds_its_share_from_the_start(results: Any) -> None:
+    for rank in (0, 1):
+        held, whole = results[2, rank]["sharded_load", 3]
+        assert whole > 1_000_000 and held == pytest.approx(whole / 2, rel=0.01)
+
+
+def test_sharded_frozen_and_checkpointed_changes_nothing(results: Any) -> None:
+    run, base = results[2, 0]["adapter_checkpointing", 3], results[1, 0]["adapter", 1]
+    assert run["checkpointed_layers"] > 0
+    assert gradient_error(run["gradients"][0], base["gradients"][0]) < 1e-5
+    assert distance(run["weights"][0], base["weights"][0]) < 1e-5
+
+
 # ---------------------------------------------------------------- checkpoints and export
 
 

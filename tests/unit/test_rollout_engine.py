@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from skyrl.config import Config
-from skyrl.types import DataError, Prompt, RewardParts, RolloutRequest, Sample, SampleGroup
+from skyrl.rollout.sampling import MAX_BIASES, best_answer, forbidding_bias, sample_seed
+from skyrl.types import ConfigError, DataError, Prompt, RewardParts, RolloutRequest, Sample, SampleGroup
 from tests.tiny_models import answer_ids, encoder, noise, processor, prompt
 
 EOS = processor().tokenizer.eos_token_id
@@ -51,7 +52,7 @@ def engine(llm: Any, *prompts: Prompt, **rollout: Any) -> Any:
         setattr(made.cfg.rollout, name, value)
     made.cfg.controller.seed = 3
     made.datasets, made.encoder, made.llm = {"eval": list(prompts)}, encoder(), llm
-    made._allowed, made.version = [0, 1], 5
+    made._bias, made.version = {7: float("-inf")}, 5
     return made
 
 
@@ -81,6 +82,22 @@ def test_a_blind_request_shows_no_picture_and_leaves_out_rows_that_have_none() -
     assert ["multi_modal_data" in one for one in llm.inputs] == [True, False]
 
 
+def test_a_prompt_that_vllm_finds_too_long_is_named() -> None:
+    class Refusing(FakeLlm):
+        def generate(self, inputs: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+            raise ValueError("The decoder prompt is longer than the maximum model length")
+
+    pictured = prompt("eval/1", noise(0))
+    text, whole = len(encoder().text_ids(pictured)), len(encoder().encode(pictured)[0])
+    made = engine(Refusing("9"), prompt("eval/0"), pictured, max_prompt_tokens=whole - 1)
+    assert text < whole
+    with pytest.raises(DataError, match=rf"prompt 'eval/1' has {whole} tokens"):
+        made.generate(RolloutRequest("eval", (0, 1), 4, 1, True, 3))
+    made = engine(Refusing("9"), pictured, max_prompt_tokens=whole)
+    with pytest.raises(ValueError, match="decoder prompt"):  # not for us to explain
+        made.generate(RolloutRequest("eval", (0,), 4, 1, True, 3))
+
+
 @pytest.mark.parametrize("blind", [False, True])
 def test_too_long_prompts_are_refused(blind: bool) -> None:
     made = engine(FakeLlm("9"), prompt("eval/0", noise(0)), max_prompt_tokens=2)
@@ -106,7 +123,7 @@ def test_too_long_prompts_are_refused(blind: bool) -> None:
     ],
 )
 def test_the_best_answer_that_can_be_cut(samples: list[Sample], best: int | None) -> None:
-    assert module().best_answer(samples) == best
+    assert best_answer(samples) == best
 
 
 def test_the_best_answers_first_half_is_continued_without_the_picture() -> None:
@@ -128,8 +145,8 @@ def test_the_best_answers_first_half_is_continued_without_the_picture() -> None:
     assert llm.inputs[0] == {"prompt_token_ids": [*question, *kept.tolist()]} and len(llm.inputs) == 2
     params = llm.params[0]
     assert (params.n, params.temperature, params.top_p, params.max_tokens) == (1, 0.7, 0.9, 40 - len(kept))
-    assert params.allowed_token_ids == [0, 1]
-    assert params.seed == module().sample_seed(3, 6, "train/1#blind") != llm.params[1].seed
+    assert params.logit_bias == {7: float("-inf")}
+    assert params.seed == sample_seed(3, 6, "train/1#blind") != llm.params[1].seed
 
     assert groups[0].blind is not None
     place, made_up = groups[0].blind
@@ -148,3 +165,11 @@ def test_a_continuation_that_reaches_the_limit_is_truncated() -> None:
     assert groups[0].blind[1].text.endswith("4+1=5")
     nothing = [group(sample(0, 1.0), pictured=False)]
     assert engine(FakeLlm("9")).continue_blind(nothing, 6)[0].blind is None
+
+
+def test_forbidden_tokens_get_probability_zero_and_unknown_ids_nothing() -> None:
+    # vLLM refuses a bias for an id at or above the vocabulary's size.
+    assert forbidding_bias([3, 9, 10], vocabulary=10) == {3: -math.inf, 9: -math.inf}
+    assert len(forbidding_bias(list(range(MAX_BIASES)), 5000)) == MAX_BIASES
+    with pytest.raises(ConfigError, match="1025 special tokens"):
+        forbidding_bias(list(range(MAX_BIASES + 1)), 5000)

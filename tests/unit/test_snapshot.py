@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from skyrl.models.snapshot import ALIGNMENT, parameters_of, take_snapshot
+from skyrl.models.snapshot import ALIGNMENT, layout_of, parameters_of, take_snapshot
 from skyrl.types import SyncError, WeightSnapshot
 
 
@@ -23,8 +23,12 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
     ]
 
 
+def snapshot_of(parameters: list[tuple[str, torch.Tensor]], version: int) -> WeightSnapshot:
+    return take_snapshot(iter(parameters), layout_of(parameters), version)
+
+
 def test_roundtrip_keeps_values_shapes_types_and_order() -> None:
-    snapshot = take_snapshot(tensors(), version=7)
+    snapshot = snapshot_of(tensors(), version=7)
     assert snapshot.version == 7
     assert snapshot.names == [name for name, _ in tensors()]
     back = list(parameters_of(snapshot))
@@ -37,12 +41,12 @@ def test_roundtrip_keeps_values_shapes_types_and_order() -> None:
 
 def test_bfloat16_is_bit_identical() -> None:
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every bfloat16 there is, nan included
-    ((_, got),) = parameters_of(take_snapshot([("w", bits.view(torch.bfloat16))], 0))
+    ((_, got),) = parameters_of(snapshot_of([("w", bits.view(torch.bfloat16))], 0))
     assert torch.equal(got.view(torch.int16), bits)
 
 
 def test_starts_are_aligned_and_parts_do_not_overlap() -> None:
-    snapshot = take_snapshot(tensors(), 0)
+    snapshot = snapshot_of(tensors(), 0)
     assert all(offset % ALIGNMENT == 0 for offset in snapshot.offsets)
     ends = [o + t.nbytes for o, (_, t) in zip(snapshot.offsets, tensors(), strict=True)]
     assert all(end <= start for end, start in zip(ends, snapshot.offsets[1:], strict=False))
@@ -50,7 +54,7 @@ def test_starts_are_aligned_and_parts_do_not_overlap() -> None:
 
 def test_it_is_a_copy_of_the_parameters_but_views_on_the_buffer() -> None:
     weight = nn.Parameter(torch.ones(4))
-    snapshot = take_snapshot([("w", weight)], 0)
+    snapshot = snapshot_of([("w", weight)], 0)
     with torch.no_grad():
         weight.zero_()
     ((_, got),) = parameters_of(snapshot)
@@ -61,27 +65,46 @@ def test_it_is_a_copy_of_the_parameters_but_views_on_the_buffer() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_read_only_buffer_is_read_without_a_warning() -> None:
-    snapshot = take_snapshot([("w", torch.arange(3.0))], 0)
+    snapshot = snapshot_of([("w", torch.arange(3.0))], 0)
     snapshot.buffer.flags.writeable = False  # as Ray maps it
     ((_, got),) = parameters_of(snapshot)
     assert got.tolist() == [0, 1, 2]
 
 
 def test_a_partial_buffer_is_an_error_that_names_the_parameter() -> None:
-    whole = take_snapshot([("first", torch.ones(16)), ("second", torch.ones(16))], version=3)
+    whole = snapshot_of([("first", torch.ones(16)), ("second", torch.ones(16))], version=3)
     cut = WeightSnapshot(whole.version, whole.names, whole.shapes, whole.dtypes, whole.buffer[:100], whole.offsets)
     with pytest.raises(SyncError, match=r"snapshot 3 ends at byte 100, but 'second' needs bytes 64 to 128"):
         list(parameters_of(cut))
 
 
 def test_an_empty_buffer_is_partial_too() -> None:
-    whole = take_snapshot([("w", torch.ones(2))], version=3)
+    whole = snapshot_of([("w", torch.ones(2))], version=3)
     none = WeightSnapshot(3, whole.names, whole.shapes, whole.dtypes, whole.buffer[:0], whole.offsets)
     with pytest.raises(SyncError, match="partial"):
         list(parameters_of(none))
 
 
 def test_no_parameters() -> None:
-    snapshot = take_snapshot([], 0)
+    snapshot = snapshot_of([], 0)
     assert snapshot.buffer.dtype == np.uint8
     assert list(parameters_of(snapshot)) == []
+
+
+def test_parameters_that_are_not_those_of_the_layout_are_refused() -> None:
+    layout = layout_of([("a", torch.ones(2)), ("b", torch.ones(3))])
+    for wrong in (
+        [("a", torch.ones(2))],
+        [("a", torch.ones(2)), ("c", torch.ones(3))],
+        [("a", torch.ones(2)), ("b", torch.ones(4))],
+        [("a", torch.ones(2)), ("b", torch.ones(3).double())],
+        [("a", torch.ones(2)), ("b", torch.ones(3)), ("c", torch.ones(1))],
+    ):
+        with pytest.raises(SyncError, match="layout"):
+            take_snapshot(wrong, layout, 0)
+
+
+def test_the_layout_of_a_sharded_parameter_is_its_whole_shape() -> None:
+    shard = nn.Parameter(torch.empty(0))
+    shard.ds_shape = torch.Size([4, 6])  # as DeepSpeed's ZeRO-3 leaves it
+    assert layout_of([("w", shard)]) == [("w", torch.float32, (4, 6))]

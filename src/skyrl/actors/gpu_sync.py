@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import pickle
 from typing import Any
 
 import ray
@@ -35,7 +37,11 @@ class RolloutControl:
     def start_weight_update(self) -> None:
         self._all("start_weight_update", {})
 
-    def update_weights(self, update_info: Any) -> None:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if update_info.get("ipc_handles") is not None:
+            # vLLM's engine core takes plain values only, or this field, which it unpickles itself.
+            handles = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
+            update_info = update_info | {"ipc_handles": None, "ipc_handles_pickled": handles}
         self._all("update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

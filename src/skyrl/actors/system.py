@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import ray
 
+from skyrl.actors.placement import BUFFER_CPUS, Placement, check_resources
 from skyrl.actors.pools import (
     RayBufferService,
     RayLearnerPool,
@@ -25,23 +25,10 @@ from skyrl.actors.pools import (
 from skyrl.actors.workers import BufferActor, LearnerActor, RewardActor, RolloutActor
 from skyrl.config import Config
 from skyrl.controller import Pools
-from skyrl.types import ConfigError, SkyrlError
+from skyrl.types import SkyrlError
 
-BUFFER_CPUS = 0.1
 REWARD_RESTARTS = 3
 """A reward worker has no state, so Ray may start it again; any other loss ends the run, which a checkpoint resumes."""
-
-COMMON_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore",
-    # Threads that spin long while they wait made a learner step up to seven times slower beside one other busy
-    # process; threads that sleep at once lose time on an idle machine. So: spin for some microseconds only.
-    "GOMP_SPINCOUNT": "20000",
-    # Keep freed memory: activations of every step would else be mapped and zeroed by the kernel again.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}
 
 
 @dataclass(slots=True)
@@ -103,10 +90,11 @@ def start_system(cfg: Config, policy_folder: str, reward_folder: str | None, lea
         SkyrlError: if they are not up within ``controller.timeout``.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    _check_resources(cfg, nodes, learner)
-    placement = _Placement(cfg, nodes)
+    check_resources(cfg, nodes, learner)
+    placement = Placement(cfg, nodes, learner)
     actors: list[Any] = []
     try:
+        placement.reserve()
         rollouts = _rollouts(cfg, placement, policy_folder, actors)
         rewards = _rewards(cfg, placement, policy_folder, reward_folder, actors)
         learners = _learners(cfg, placement, policy_folder, actors) if learner else []
@@ -114,7 +102,7 @@ def start_system(cfg: Config, policy_folder: str, reward_folder: str | None, lea
         timeout = cfg.controller.timeout
         pools = Pools(RayRolloutPool(rollouts, cfg), RayRewardPool(rewards, cfg))
         if learner:
-            buffer = placement.actor(BufferActor, "sample-buffer", BUFFER_CPUS, 1, {}).remote(cfg, policy_folder)
+            buffer = placement.actor(BufferActor, "sample-buffer", BUFFER_CPUS, {}).remote(cfg, policy_folder)
             actors.append(buffer)
             host, port = fetch(learners[0].address.remote(), timeout, "starting the learner")
             starting += [rank.start.remote(host, port) for rank in learners] + [buffer.ready.remote()]
@@ -126,31 +114,30 @@ def start_system(cfg: Config, policy_folder: str, reward_folder: str | None, lea
     finally:
         for actor in actors:
             ray.kill(actor)
+        placement.release()
 
 
-def _rollouts(cfg: Config, placement: _Placement, policy_folder: str, actors: list[Any]) -> list[Any]:
+def _rollouts(cfg: Config, placement: Placement, policy_folder: str, actors: list[Any]) -> list[Any]:
     from skyrl.rollout.environment import rollout_environment
 
     rollout = cfg.rollout
     env = rollout_environment(rollout, placement.threads(rollout.threads, rollout.num_workers))
     gpus = rollout.tensor_parallel_size if rollout.device == "cuda" else 0
     made = [
-        placement.actor(RolloutActor, f"rollout-{i}", rollout.num_cpus, rollout.num_workers, env, gpus).remote(
-            cfg, policy_folder
-        )
+        placement.actor(RolloutActor, f"rollout-{i}", rollout.num_cpus, env, gpus, shared=i).remote(cfg, policy_folder)
         for i in range(rollout.num_workers)
     ]
     actors += made
     return made
 
 
-def _learners(cfg: Config, placement: _Placement, policy_folder: str, actors: list[Any]) -> list[Any]:
+def _learners(cfg: Config, placement: Placement, policy_folder: str, actors: list[Any]) -> list[Any]:
     learner = cfg.learner
     threads = placement.threads(learner.threads, learner.num_workers)
     gpus = 1 if learner.device == "cuda" else 0
     env = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": learner.device}
     made = [
-        placement.actor(LearnerActor, f"learner-{rank}", learner.num_cpus, learner.num_workers, env, gpus).remote(
+        placement.actor(LearnerActor, f"learner-{rank}", learner.num_cpus, env, gpus, shared=rank).remote(
             cfg, policy_folder, rank, threads
         )
         for rank in range(learner.num_workers)
@@ -160,71 +147,17 @@ def _learners(cfg: Config, placement: _Placement, policy_folder: str, actors: li
 
 
 def _rewards(
-    cfg: Config, placement: _Placement, policy_folder: str, reward_folder: str | None, actors: list[Any]
+    cfg: Config, placement: Placement, policy_folder: str, reward_folder: str | None, actors: list[Any]
 ) -> list[Any]:
     reward = cfg.reward
     threads = placement.threads(reward.threads, reward.num_workers)
     gpus = 1 if reward.device == "cuda" and reward_folder is not None else 0
     env = {"OMP_NUM_THREADS": str(threads)}
     made = [
-        placement.actor(
-            RewardActor, f"reward-{i}", reward.num_cpus, reward.num_workers, env, gpus, restarts=REWARD_RESTARTS
-        ).remote(cfg, policy_folder, reward_folder, threads)
+        placement.actor(RewardActor, f"reward-{i}", reward.num_cpus, env, gpus, restarts=REWARD_RESTARTS).remote(
+            cfg, policy_folder, reward_folder, threads
+        )
         for i in range(reward.num_workers)
     ]
     actors += made
     return made
-
-
-class _Placement:
-    """Ray options of an actor."""
-
-    def __init__(self, cfg: Config, nodes: list[dict[str, Any]]) -> None:
-        cores = [node["Resources"]["CPU"] for node in nodes if node["Resources"].get("CPU", 0) > 0]
-        self.spread = cfg.cluster.spread and len(cores) > 1
-        self.nodes = len(cores)
-        self.cores = int(min(cores))  # on uneven nodes the smallest must not be oversubscribed
-
-    def threads(self, wanted: int, workers: int) -> int:
-        """``wanted``, or a node's cores shared by the workers of one kind that it holds."""
-        per_node = math.ceil(workers / self.nodes) if self.spread else workers
-        return wanted or max(1, self.cores // per_node)
-
-    def actor(
-        self, cls: type, name: str, cpus: float, workers: int, env: dict[str, str], gpus: float = 0, restarts: int = 0
-    ) -> Any:
-        env = COMMON_ENVIRONMENT | env
-        return ray.remote(cls).options(
-            name=name,
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=restarts,
-            max_task_retries=restarts,
-            scheduling_strategy="SPREAD" if self.spread else "DEFAULT",
-            runtime_env={"env_vars": env},
-        )
-
-
-def _check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool) -> None:
-    rollout, reward, learner = cfg.rollout, cfg.reward, cfg.learner
-    cpus = [rollout.num_cpus] * rollout.num_workers + [reward.num_cpus] * reward.num_workers
-    if with_learner:
-        cpus += [learner.num_cpus] * learner.num_workers + [BUFFER_CPUS]
-    gpus: list[float] = [0.0]
-    if rollout.device == "cuda":
-        gpus += [rollout.tensor_parallel_size] * rollout.num_workers
-    if with_learner and learner.device == "cuda":
-        gpus += [1] * learner.num_workers
-    if reward.device == "cuda" and cfg.model.reward is not None:
-        gpus += [1] * reward.num_workers
-    for kind, needs in (("CPU", cpus), ("GPU", gpus)):
-        have = [node["Resources"].get(kind, 0) for node in nodes]
-        if sum(needs) > sum(have):
-            raise ConfigError(
-                f"the actors need {sum(needs):g} {kind}s, the Ray cluster has {sum(have):g}: lower "
-                f"rollout/reward/learner.num_workers{' or .num_cpus' if kind == 'CPU' else ''}, or join more nodes"
-            )
-        if max(needs) > max(have):
-            raise ConfigError(
-                f"one actor needs {max(needs):g} {kind}s, the largest node of the cluster has {max(have):g}"
-            )

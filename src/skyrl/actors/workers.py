@@ -25,6 +25,7 @@ class RolloutActor:
         from skyrl.rollout.engine import VllmRolloutEngine
 
         self.engine = VllmRolloutEngine(cfg, policy_folder, build_datasets(cfg.data))
+        self._transfer_failure: str | None = None
 
     def sizes(self) -> dict[str, int]:
         """Rows per split."""
@@ -49,7 +50,16 @@ class RolloutActor:
         return self.engine.probe()
 
     def transfer_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        self.engine.transfer_rpc(method, kwargs)
+        self._transfer_failure = None
+        try:
+            self.engine.transfer_rpc(method, kwargs)
+        except Exception as error:
+            self._transfer_failure = f"{method}: {type(error).__name__}: {error}"
+            raise
+
+    def transfer_failure(self) -> str | None:
+        """What ended the last transfer here, if anything did."""
+        return self._transfer_failure
 
     def finish_transfer(self, version: int) -> None:
         self.engine.finish_transfer(version)
@@ -180,27 +190,31 @@ class LearnerActor:
     def picture_drop(self, *parts: list[SampleGroup]) -> Metrics:
         return self.learner.picture_drop([group for part in parts for group in part])
 
-    def probe_gap(self, *parts: list[SampleGroup]) -> float:
-        """Largest |log π_rollout − log π_learner| over the tokens of the probe."""
+    def probe_gap(self, *parts: list[SampleGroup]) -> dict[str, float]:
+        """``largest`` and ``mean`` |log π_rollout − log π_learner| over the tokens of the probe."""
         groups = [group for part in parts for group in part]
         recorded = [sample.logprobs for group in groups for sample in group.samples]
         own = self.learner.logprobs(groups)
-        gaps = [float(np.abs(a - b).max()) for a, b in zip(recorded, own, strict=True) if len(a)]
-        if not gaps:
+        gaps = np.concatenate([np.empty(0), *(np.abs(a - b) for a, b in zip(recorded, own, strict=True))])
+        if not len(gaps):
             raise SkyrlError("the sync probe has no tokens; raise rollout.probe_new_tokens")
-        # max() over Python floats would lose a nan, and a nan must not pass for a small gap.
-        return float(np.max(gaps))
+        # Of numpy: max() over Python floats would lose a nan, and a nan must not pass for a small gap.
+        return {"largest": float(np.max(gaps)), "mean": float(np.mean(gaps))}
 
     def snapshot(self, version: int) -> WeightSnapshot | None:
         return self.learner.snapshot(version)
 
     def send_weights(self, rollouts: list[Any], version: int) -> None:
         """Push weights by vLLM's own trainer side (nccl, ipc)."""
+        import ray
+
         from skyrl.actors.gpu_sync import RolloutControl
-        from skyrl.rollout.gpu_transfer import VllmSender
+        from skyrl.rollout.gpu_transfer import LearnerSource, VllmSender
 
         if self.sender is None:
-            self.sender = VllmSender(self.cfg, RolloutControl(rollouts), self.learner.policy_parameters, self.rank)
+            source = LearnerSource(self.learner.policy_parameters, self.learner.policy_layout())
+            host = ray.util.get_node_ip_address()
+            self.sender = VllmSender(self.cfg, RolloutControl(rollouts), source, self.rank, host)
         self.sender.send()
 
     def save(self, folder: Path) -> None:

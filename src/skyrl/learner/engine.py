@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -31,7 +32,7 @@ from skyrl.learner.process_group import join_ranks
 from skyrl.learner.reference import Reference, compared_items, needs_reference, refresh_due, whole_parameters
 from skyrl.models.freezing import freeze
 from skyrl.models.policy import PolicyModule, load_policy
-from skyrl.models.snapshot import take_snapshot
+from skyrl.models.snapshot import Layout, layout_of, take_snapshot
 from skyrl.types import SampleGroup, SkyrlError, TrainBatch, WeightSnapshot
 
 TAG = "deepspeed"
@@ -65,7 +66,7 @@ class DeepSpeedLearner:
         self._mpo_steps = cfg.algorithm.mpo_steps if staged else cfg.controller.steps
         self.delta = RunningDelta(cfg.algorithm.mpo.delta, cfg.algorithm.mpo.delta_decay)
         settings = deepspeed_config(cfg.learner, cfg.model.dtype)
-        module = self._module()
+        module = self._module(settings)
         freeze(module.model.named_parameters(), cfg.learner.trainable)
         if cfg.learner.gradient_checkpointing:
             module.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -75,10 +76,10 @@ class DeepSpeedLearner:
         self._without_dropout()
         self.reference: Reference | None = None
         if needs_reference(cfg.algorithm):
-            self.reference = Reference(self._module(), settings, cfg.learner.zero_stage, trained)
+            self.reference = Reference(self._module(settings), settings, cfg.learner.zero_stage, trained)
 
-    def _module(self) -> PolicyModule:
-        model = load_policy(self.policy_folder, self.cfg.model.dtype)
+    def _module(self, settings: dict[str, Any]) -> PolicyModule:
+        model = load_policy(self.policy_folder, self.cfg.model.dtype, settings if self.sharded else None)
         module = PolicyModule(model, self.encoder.forbidden_token_ids(), self.cfg.rollout.temperature)
         return module.to(self.device)
 
@@ -256,10 +257,14 @@ class DeepSpeedLearner:
         through all of them."""
         return whole_parameters(self.engine.module.model, self.sharded)
 
+    def policy_layout(self) -> Layout:
+        """Names, types and whole shapes of :meth:`policy_parameters`; gathers nothing."""
+        return layout_of(self.engine.module.model.named_parameters())
+
     def snapshot(self, version: int) -> WeightSnapshot | None:
         """All parameters on rank 0, None elsewhere. Collective under ZeRO-3."""
         if self.rank == 0:
-            return take_snapshot(((name, p.cpu()) for name, p in self.policy_parameters()), version)
+            return take_snapshot(self.policy_parameters(), self.policy_layout(), version)
         if self.sharded:
             for _ in self.policy_parameters():  # takes part in the gathering
                 pass

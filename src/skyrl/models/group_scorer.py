@@ -194,6 +194,8 @@ class GroupScorer:
         try:
             # Some padding always, also on the longest row: a body may not know left padding.
             shared = _in_order(self.shared_features(rows, extra_padding=1))
+        except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the architecture
+            raise
         except NOT_SUPPORTED as error:
             problem = f"{type(error).__name__}: {error}"
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -11,29 +13,47 @@ import torch
 from skyrl.types import SyncError, WeightSnapshot
 
 ALIGNMENT = 64
+Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
+"""Name, type and whole shape of each parameter, in order."""
 
 
-def take_snapshot(parameters: Iterable[tuple[str, torch.Tensor]], version: int) -> WeightSnapshot:
-    """Copy named parameters, which must be whole (gathered), into a :class:`WeightSnapshot`.
+def layout_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> Layout:
+    """The layout of parameters, also of those that ZeRO-3 has cut in parts, without gathering them."""
+    return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in parameters]
+
+
+def take_snapshot(parameters: Iterable[tuple[str, torch.Tensor]], layout: Layout, version: int) -> WeightSnapshot:
+    """Copy named parameters, which must be whole (gathered), into a :class:`WeightSnapshot`, one after the other: the
+    host never holds a large policy twice.
 
     Args:
         parameters: Name and tensor, of any type and on any device.
+        layout: Theirs, in the same order.
         version: Weight updates that the policy has received.
+
+    Raises:
+        SyncError: if the parameters are not those of the layout.
     """
-    tensors = [(name, p.detach().to("cpu").contiguous()) for name, p in parameters]
-    offsets, end = [], 0
-    for _, tensor in tensors:
-        offsets.append(end)
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    buffer = np.empty(end, dtype=np.uint8)
+    sizes = [dtype.itemsize * math.prod(shape) for _, dtype, shape in layout]
+    offsets = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+    buffer = np.empty(offsets.pop(), dtype=np.uint8)
     flat = torch.from_numpy(buffer)
-    for offset, (_, tensor) in zip(offsets, tensors, strict=True):
-        flat[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+    copied = 0
+    for name, tensor in parameters:
+        found, expected = (name, tensor.dtype, tuple(tensor.shape)), layout[copied] if copied < len(layout) else None
+        if found != expected:
+            raise SyncError(f"parameter {copied} of the policy is {found}; its layout says {expected}")
+        flat[offsets[copied] : offsets[copied] + sizes[copied]] = (
+            tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        )
+        copied += 1
+    if copied < len(layout):
+        raise SyncError(f"the policy gave {copied} parameters; its layout has {len(layout)}")
     return WeightSnapshot(
         version=version,
-        names=[name for name, _ in tensors],
-        shapes=[tuple(tensor.shape) for _, tensor in tensors],
-        dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+        names=[name for name, _, _ in layout],
+        shapes=[shape for _, _, shape in layout],
+        dtypes=[str(dtype).removeprefix("torch.") for _, dtype, _ in layout],
         buffer=buffer,
         offsets=offsets,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,8 @@ from skyrl.config import Config, WeightSync
 from skyrl.data.encode import PromptEncoder
 from skyrl.interfaces import PromptDataset
 from skyrl.rollout import shm_transfer
+from skyrl.rollout.sampling import best_answer, blind_prompt, first_half, forbidding_bias, sample_seed
 from skyrl.types import (
-    BLIND_SUFFIX,
     DataError,
     Prompt,
     RolloutRequest,
@@ -28,39 +26,6 @@ from skyrl.types import (
 )
 
 CPU_BATCHED_TOKENS = 16384
-
-
-def sample_seed(run_seed: int, step: int, prompt_id: str) -> int:
-    """Seed of a prompt's group at a step, 0 … 2^62; sample ``i`` of the group uses this plus ``i``.
-
-    A hash, so that neither the number of workers nor the order of the prompts changes what is sampled.
-    """
-    digest = hashlib.blake2b(f"{run_seed}/{step}/{prompt_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
-
-
-def blind_prompt(prompt: Prompt) -> Prompt:
-    """The same question without the picture, under an id of its own, because caches go by id."""
-    return replace(prompt, id=prompt.id + BLIND_SUFFIX, images=())
-
-
-def best_answer(samples: list[Sample]) -> int | None:
-    """Place of the answer with the highest r_θ that ended by itself and can be cut in two; without a reward model, of
-    the highest rule score. Among equals the first. ``None`` if there is no such answer."""
-    usable = [
-        (place, sample.reward)
-        for place, sample in enumerate(samples)
-        if sample.error is None and sample.reward is not None and not sample.truncated and len(sample.token_ids) > 1
-    ]
-    if not usable:
-        return None
-    with_model = not any(np.isnan(reward.model) for _, reward in usable)
-    return max(usable, key=lambda one: one[1].model if with_model else one[1].rule)[0]
-
-
-def first_half(token_ids: np.ndarray) -> np.ndarray:
-    """The first ⌊T/2⌋ of T ≥ 2 tokens: at least one is kept and one left out."""
-    return token_ids[: len(token_ids) // 2]
 
 
 class VllmRolloutEngine:
@@ -78,10 +43,7 @@ class VllmRolloutEngine:
         self.version = 0
         self.encoder = PromptEncoder.from_pretrained(policy_folder)
         self.llm = _start_llm(cfg, policy_folder)
-        forbidden = set(self.encoder.forbidden_token_ids())
-        vocabulary = self.llm.model_config.get_vocab_size()
-        # Placeholders of pictures and padding must never be sampled: the learner could not embed them.
-        self._allowed = [i for i in range(vocabulary) if i not in forbidden]
+        self._bias = forbidding_bias(self.encoder.forbidden_token_ids(), self.llm.model_config.get_vocab_size())
 
     # ------------------------------------------------------------ sampling
 
@@ -167,7 +129,13 @@ class VllmRolloutEngine:
             return []
         inputs = [self.input(prompt) for prompt in prompts]
         params = [self.params(prompt, request, max_new_tokens, top_p) for prompt in prompts]
-        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        try:
+            outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        except ValueError:
+            # Pictures may have made one longer than the engine takes; its error names no prompt.
+            for prompt in prompts:
+                self._check_length(prompt, len(self.encoder.encode(prompt)[0]))
+            raise
         return [self._group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def input(self, prompt: Prompt) -> Any:
@@ -192,7 +160,7 @@ class VllmRolloutEngine:
             max_tokens=max_new_tokens,
             seed=None if request.greedy else sample_seed(request.seed, request.step, prompt.id),
             logprobs=0,
-            allowed_token_ids=self._allowed,
+            logit_bias=self._bias,
         )
 
     def _check_length(self, prompt: Prompt, length: int) -> None:

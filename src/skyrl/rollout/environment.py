@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from skyrl.config import RolloutConfig
+from skyrl.config import RolloutConfig, WeightSync
 
 
 def rollout_environment(cfg: RolloutConfig, threads: int) -> dict[str, str]:
     """Variables for one rollout worker that may use ``threads`` cores."""
     env = {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        # On a GPU a warning is all that vLLM's own transfer says of layers that received nothing.
+        "VLLM_LOGGING_LEVEL": "WARNING" if cfg.device == "cuda" else "ERROR",
         "VLLM_CONFIGURE_LOGGING": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if cfg.weight_sync is WeightSync.ipc:
+        # CUDA's memory handles reach the engine core pickled. They come from this run's own learner.
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if cfg.device == "cpu":
         env |= {
             # The engine core in this process: update_weights then gets shared memory itself, not a pickle of it.

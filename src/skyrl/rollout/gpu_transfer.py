@@ -11,6 +11,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from skyrl.config import Config, WeightSync
+from skyrl.models.snapshot import Layout
 from skyrl.types import SkyrlError
 
 NamedParameters = Callable[[], Iterator[tuple[str, torch.Tensor]]]
@@ -22,16 +23,14 @@ class LearnerSource(WeightSource):
     Args:
         named_parameters: Called once a sync; yields Hugging Face names and whole tensors. Under ZeRO-3 it gathers
             them one by one, on all ranks in the same order.
+        layout: Theirs.
     """
 
-    def __init__(self, named_parameters: NamedParameters) -> None:
-        self.named_parameters = named_parameters
-        self._metadata: list[ParamMeta] | None = None
+    def __init__(self, named_parameters: NamedParameters, layout: Layout) -> None:
+        self.named_parameters, self.layout = named_parameters, layout
 
     def metadata(self) -> list[ParamMeta]:
-        if self._metadata is None:
-            self._metadata = [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in self.named_parameters()]
-        return self._metadata
+        return [ParamMeta(name, dtype, shape) for name, dtype, shape in self.layout]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self.named_parameters()
@@ -43,18 +42,19 @@ class VllmSender:
     Args:
         cfg: The whole configuration.
         control: The four control-plane calls, reaching every rollout engine.
-        named_parameters: See :class:`LearnerSource`.
+        source: The learner's parameters.
         rank: Learner rank; rank 0 sends.
+        host: Address of this host, where the rollout engines meet rank 0 (nccl).
 
     Raises:
         SkyrlError: without CUDA, or for the ``shm`` backend, which needs no sender.
     """
 
-    def __init__(self, cfg: Config, control: Any, named_parameters: NamedParameters, rank: int) -> None:
+    def __init__(self, cfg: Config, control: Any, source: LearnerSource, rank: int, host: str) -> None:
         if not torch.cuda.is_available():
             raise SkyrlError(f"rollout.weight_sync={cfg.rollout.weight_sync.value} needs CUDA in the learner")
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            _init_info(cfg, rank), client=control, source=LearnerSource(named_parameters)
+            _init_info(cfg, rank, host), client=control, source=source
         )
 
     def send(self) -> None:
@@ -62,7 +62,7 @@ class VllmSender:
         self._engine.send_weights()
 
 
-def _init_info(cfg: Config, rank: int) -> Any:
+def _init_info(cfg: Config, rank: int, host: str) -> Any:
     if cfg.rollout.weight_sync is WeightSync.nccl:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -70,7 +70,7 @@ def _init_info(cfg: Config, rank: int) -> Any:
             free.bind(("", 0))
             port = free.getsockname()[1]
         return NCCLTrainerInitInfo(
-            master_address=socket.gethostbyname(socket.gethostname()),
+            master_address=host,
             master_port=port,
             world_size=1 + cfg.rollout.num_workers * cfg.rollout.tensor_parallel_size,
             rank=rank,
@@ -78,5 +78,6 @@ def _init_info(cfg: Config, rank: int) -> Any:
     if cfg.rollout.weight_sync is WeightSync.ipc:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        return IPCTrainerInitInfo(rank=rank)
+        # Packed: copies chunk by chunk. Else every gathered parameter would stay until the last one is sent.
+        return IPCTrainerInitInfo(rank=rank, packed=True)
     raise SkyrlError("rollout.weight_sync=shm needs no sender: the snapshot travels through Ray's object store")
