@@ -21,6 +21,7 @@ of step k gives rollouts that are one version old, which every sample records an
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ from skyrl.interfaces import (
 )
 from skyrl.monitoring.records import read_json, write_json
 from skyrl.types import RolloutRequest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -166,6 +169,11 @@ class Controller:
         chosen = read_json(path) if self.step > 0 and path.is_file() else None
         metrics, gallery = self.pools.reward.evaluate(scored, blind, chosen)
         write_json(path, gallery)
+        if self.step == 0 and metrics.get("eval/format") == 0:
+            logger.warning(
+                "no answer of the first evaluation has the form <think>…</think><answer>…</answer>, and only what "
+                "stands inside the answer tags is scored: let the questions ask for it (docs/data.md)"
+            )
         if self.cfg.hallucination.probe_prompts:
             metrics = metrics | drop | {"eval/probe_seconds": probed - asked}
         self.sink.log(self.step, metrics | {"eval/seconds": self.clock() - started})

@@ -69,7 +69,7 @@ def main() -> None:
         if options := [argument for argument in arguments if argument.startswith("-")]:
             raise ConfigError(f"{options[0]}: there is no such option; allowed are key=value and --help")
         config = compose_config(arguments)
-        validate(config)
+        validate(config, with_learner=False)
         _check_output(Path(config.filter.output))
     except ConfigError as error:
         print(f"wrong settings:\n{error}", file=sys.stderr)
@@ -104,10 +104,10 @@ def filter_prompts(cfg: Config, console: Console) -> Path:
     from skyrl.data.pool import write_pool
     from skyrl.run import model_folders
 
-    output = Path(cfg.filter.output).resolve()
+    output = Path(cfg.filter.output).absolute()
     # Actors on a joined cluster need not share this process's working folder.
     paths = {name: getattr(cfg.data, name) for name in ("train_path", "eval_path")}
-    absolute: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    absolute: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in paths.items() if path is not None}
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **absolute))
     policy, reward = model_folders(cfg)
     try:
@@ -207,7 +207,7 @@ def print_summary(rows: Sequence[PoolRow], size: int, output: Path, console: Con
     if not counts["effective"]:
         console.print("no prompt is effective: there is nothing to train on with the default limits")
     # A path that is wrapped can't be copied.
-    line = f"train on it, with the same data settings: python -m skyrl.launch data.pool_path={output}"
+    line = f"train on it, with the same data settings: {sys.executable} -m skyrl.launch data.pool_path={output}"
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 

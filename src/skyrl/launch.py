@@ -30,6 +30,7 @@ from skyrl.validation import validate
 INSTALLED_CONF = Path(__file__).parent / "conf"
 CONF = INSTALLED_CONF if INSTALLED_CONF.is_dir() else Path(__file__).parents[2] / "conf"
 
+SCHEMA = OmegaConf.structured(Config)
 logger = logging.getLogger("skyrl")
 
 
@@ -59,9 +60,15 @@ def compose_config(overrides: list[str]) -> Config:
         try:
             # Interpolations such as the run folder's date need Hydra's own job, so they stay unresolved here.
             tree = hydra.compose("config", overrides=overrides)
-            return _to_config(tree)
+            config = _to_config(tree)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error)) from error
+    unknown = sorted(set(_keys(OmegaConf.to_container(tree))) - set(_keys(OmegaConf.to_container(SCHEMA))))
+    if unknown:  # +key=value adds what no part of skyrl reads
+        raise ConfigError("\n".join(map(_unknown, unknown)))
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty: must be a folder")
+    return config
 
 
 def _to_config(tree: DictConfig) -> Config:
@@ -76,16 +83,19 @@ def _explain(error: Exception) -> str:
     text = "\n".join(line for line in str(error).splitlines() if "append to your config" not in line)
     found = re.search(r"Could not override '([^']+)'", text)
     key = found.group(1) if found else str(getattr(cause, "full_key", "") or "")
-    if found:
-        keys = _keys(OmegaConf.to_container(OmegaConf.structured(Config)))
-        near = difflib.get_close_matches(key, keys, n=2, cutoff=0.8) or [
-            k for k in keys if k.endswith("." + key.split(".")[-1])
-        ]
-        mend = f"; did you mean {' or '.join(near)}?" if near else "; `python -m skyrl.launch --cfg job` lists all keys"
-        if key not in keys:
-            return f"{key}: there is no such setting{mend}"
+    if found and key not in _keys(OmegaConf.to_container(SCHEMA)):
+        return _unknown(key)
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
     return f"{key}: {first}" if key and key not in first else text.strip()
+
+
+def _unknown(key: str) -> str:
+    keys = _keys(OmegaConf.to_container(SCHEMA))
+    near = difflib.get_close_matches(key, keys, n=2, cutoff=0.8) or [
+        k for k in keys if k.endswith("." + key.split(".")[-1])
+    ]
+    mend = f"; did you mean {' or '.join(near)}?" if near else "; `python -m skyrl.launch --cfg job` lists all keys"
+    return f"{key}: there is no such setting{mend}"
 
 
 def _keys(tree: Any, prefix: str = "") -> list[str]:
@@ -120,7 +130,7 @@ def _hydra_main(tree: DictConfig) -> None:
 def _resume_command(arguments: list[str]) -> str:
     """The command that goes on with the run of these arguments: the same settings, from its newest checkpoint."""
     kept = [argument for argument in arguments if not argument.startswith("resume=")]
-    return shlex.join(["python", "-m", "skyrl.launch", *kept, "resume=auto"])
+    return shlex.join([sys.executable, "-m", "skyrl.launch", *kept, "resume=auto"])
 
 
 if __name__ == "__main__":

@@ -137,7 +137,8 @@ def _absolute_paths(data: DataConfig) -> DataConfig:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).resolve())
+    # Links stay as they are: relative pictures lie beside the link, and default ids have its name.
+    return None if path is None else str(Path(path).absolute())
 
 
 def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console) -> Sinks:

@@ -73,12 +73,12 @@ def test_figures_of_a_run() -> None:
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        ((0.30, 0.31, 0.29), "seen"),
-        ((-0.30, -0.31, -0.29), "seen otherwise"),
-        ((0.3, -0.3, 0.0), "not seen"),
-        ((0.3, 0.31), "unfinished"),
+        ((0.30, 0.31, 0.29, 0.30, 0.30), "seen"),
+        ((-0.30, -0.31, -0.29, -0.30, -0.30), "seen otherwise"),
+        ((0.3, -0.3, 0.0, 0.1, -0.1), "not seen"),
+        ((0.3, 0.31, 0.29, 0.30), "unfinished"),
         ((), "not measured yet"),
-        ((0.3, 0.31, math.nan), "a seed has no value"),
+        ((0.3, 0.31, 0.29, 0.30, math.nan), "a seed has no value"),
     ],
 )
 def test_verdict_is_the_side_of_the_interval(values: tuple[float, ...], verdict: str) -> None:

@@ -34,7 +34,9 @@ def test_document_agrees_with_the_code(generator: ModuleType) -> None:
         ("learner.zero_stage", "int", "0, 1, 2 or 3"),
         ("buffer.mix", "float", "in 0 … 1"),
         ("model.dtype", "str", "one of float32, bfloat16, float16"),
-        ("name", "str", ""),
+        ("name", "str", "a name that isn't empty"),
+        ("data.kinds", "list[str]", "one or more of sum, max, min, count, row_difference"),
+        ("monitoring.wandb_project", "str", ""),
     ],
 )
 def test_limits_come_from_the_validation(generator: ModuleType, key: str, kind: str, text: str) -> None:

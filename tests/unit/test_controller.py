@@ -105,6 +105,17 @@ def test_the_gallery_chosen_at_the_start_is_kept(tmp_path: Path) -> None:
     assert [call[1] for call in log.calls if call[0] == "evaluate"] == [None, [{"id": "eval/0"}]]
 
 
+@pytest.mark.parametrize(("shares", "warned"), [((0.0, 0.5), 1), ((0.1, 0.0), 0)])
+def test_answers_without_tags_at_the_start_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, shares: tuple[float, float], warned: int
+) -> None:
+    made, _, _ = controller(config(steps=1), tmp_path)
+    left = list(shares)
+    made.pools.reward.evaluate = lambda *_: ({"eval/format": left.pop(0)}, [])  # type: ignore[method-assign]
+    made.run()
+    assert caplog.text.count("no answer of the first evaluation has the form") == warned
+
+
 def test_a_broken_sync_stops_the_run_before_another_rollout(tmp_path: Path) -> None:
     made, log, _ = controller(config(steps=5), tmp_path, broken_at=2)
     with pytest.raises(SyncError, match="sync 2 is broken"):

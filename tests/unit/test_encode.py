@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from skyrl.models.digits_architecture import (
     TAGS,
     build_tokenizer,
 )
-from skyrl.types import DataError, Prompt
+from skyrl.types import ConfigError, DataError, Prompt
 
 ANSWER = "<think>I see 31/41. 3+1=4.</think><answer>9</answer>"
 EOS = "<end_of_utterance>"
@@ -69,6 +70,22 @@ def test_the_policy_can_sample_no_special_token_but_the_end_of_sequence() -> Non
     assert token("<image>") in forbidden and token("<pad>") in forbidden
     assert token(EOS) not in forbidden
     assert not {token(tag) for tag in TAGS} & set(forbidden)
+
+
+def test_without_a_padding_token_no_ordinary_token_is_forbidden() -> None:
+    bare = copy.deepcopy(processor())
+    bare.tokenizer.pad_token = None
+    maker = PromptEncoder(bare)
+    specials = {token(t) for t in SPECIAL if t not in (EOS, "<pad>")}
+    assert maker.pad_id == 0 and specials <= set(maker.forbidden_token_ids())
+    assert {i for i in maker.forbidden_token_ids()} - specials <= {token("<pad>")}
+
+
+def test_a_model_without_chat_template_is_refused() -> None:
+    bare = copy.deepcopy(processor())
+    bare.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        PromptEncoder(bare).text_ids(prompt("x"))
 
 
 def test_tags_survive_decoding_and_special_tokens_do_not() -> None:

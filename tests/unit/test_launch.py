@@ -60,6 +60,8 @@ def test_every_option_composes(option: Path) -> None:
         ("learner.lr=fast", "learner.lr: Value 'fast'"),
         ("reward.squash=foo", "reward.squash: Invalid value 'foo', expected one of"),
         ("buffer=foo", "Could not find 'buffer/foo'"),
+        ("+rollout.max_promt_tokens=9", "rollout.max_promt_tokens: there is no such setting; did you mean rollout."),
+        ("run_dir=", "run_dir is empty"),
     ],
 )
 def test_a_mistake_is_named_with_its_mend(override: str, message: str) -> None:
@@ -92,5 +94,5 @@ def test_help_and_cfg_job_are_readable() -> None:
 
 def test_the_command_that_goes_on_repeats_all_settings() -> None:
     assert _resume_command(["name=x", "resume=no", "algorithm=grpo", "data.kinds=[max,min]"]) == (
-        "python -m skyrl.launch name=x algorithm=grpo 'data.kinds=[max,min]' resume=auto"
+        f"{sys.executable} -m skyrl.launch name=x algorithm=grpo 'data.kinds=[max,min]' resume=auto"
     )

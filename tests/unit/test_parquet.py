@@ -88,6 +88,23 @@ def test_nulls_of_optional_columns_and_other_string_types(tmp_path: Path) -> Non
     assert same(read[1], Prompt("m/1", "1+1?", (RED,), "2", "numeric", "k", {"a": 1}))
 
 
+@pytest.mark.parametrize("images", [None, []])
+def test_optional_columns_may_be_empty_in_every_row(tmp_path: Path, images: list[bytes] | None) -> None:
+    # pyarrow types such columns null and list<null>.
+    path = write(tmp_path / "m.parquet", [ROW | {"kind": None, "facts": None, "images": images}] * 2)
+    read = ParquetPrompts(path)
+    assert same(read[1], Prompt("m/1", "1+1?", (), "2", "numeric"))
+    with pytest.raises(DataError, match="column 'answer': got type null; allowed: string"):
+        ParquetPrompts(write(tmp_path / "n.parquet", [ROW | {"answer": None}]))
+
+
+def test_a_null_among_paths_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(PNG)
+    path = write(tmp_path / "p.parquet", [ROW, ROW | {"images": ["red.png", None]}])
+    with pytest.raises(DataError, match="row 1, column 'images': picture 1: got null; allowed: a path"):
+        ParquetPrompts(path)
+
+
 def test_pictures_by_path_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "red.png").write_bytes(PNG)
@@ -134,6 +151,7 @@ def test_limit_and_pickle(tmp_path: Path) -> None:
         ({"kind": "math/algebra"}, "row 1, column 'kind': got 'math/algebra'; allowed: no slash"),
         ({"verifier": "nummeric"}, "row 1, column 'verifier': unknown verifier 'nummeric'; allowed: exact, numeric"),
         ({"facts": "{"}, r"row 1, column 'facts': got '\{'; allowed: a JSON object"),
+        ({"facts": '{"grid": "x"}'}, "row 1, column 'facts': fact 'grid' is 'x'; allowed: rows of digits"),
         ({"facts": "[1]"}, r"row 1, column 'facts': got '\[1\]'; allowed: a JSON object"),
         ({"id": "a"}, "row 1, column 'id': got 'a', which is also that of row 0; allowed: unique ids"),
         ({"id": None}, "row 1, column 'id': got null"),

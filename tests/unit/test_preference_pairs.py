@@ -146,7 +146,7 @@ def test_a_batch_of_pairs(tmp_path: Path, policy_folder: str) -> None:
 
 def test_a_prompt_that_its_pictures_make_too_long_is_named(tmp_path: Path, policy_folder: str) -> None:
     write_pairs(tmp_path / "p.parquet", pairs(2)[1:])
-    data = DataConfig(pairs_path=str(tmp_path / "p.parquet"))
+    data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=1)
     limit = len(encoder().text_ids(pairs(2)[0].prompt)) + 1
     offline = OfflinePairs(data, policy_folder, RolloutConfig(max_prompt_tokens=limit))
     with pytest.raises(DataError, match=rf"pair 'mine/1#pair' has a prompt of \d+ tokens .* allows {limit}"):
@@ -192,3 +192,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([str(tmp_path / "q.parquet"), str(tmp_path / "p.parquet")]) == 1
     assert "row 0, column 'images', picture 0: got 3 bytes" in capsys.readouterr().err
     assert main([]) == 2
+
+
+def test_fewer_pairs_than_a_step_takes_are_refused(tmp_path: Path, policy_folder: str) -> None:
+    write_pairs(tmp_path / "p.parquet", pairs(2))
+    data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=3)
+    with pytest.raises(DataError, match=r"has 2 pairs, but data\.pairs_per_step=3"):
+        OfflinePairs(data, policy_folder, None)

@@ -183,7 +183,7 @@ def test_wandb_online_without_network_becomes_offline(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with caplog.at_level(logging.WARNING):
-        sink = WandbSink(tmp_path, project="p", name="n", config={"lr": 1e-3, "mode": WandbMode.auto}, timeout=3.0)
+        sink = WandbSink(tmp_path, project="p", name="n", config={"lr": 1e-3, "mode": WandbMode.auto}, timeout=10.0)
     sink.log(1, {"reward/rule": 0.5, "reward/model": float("nan")})
     sink.close()
     sink.log(2, {"reward/rule": 0.5})  # after closing: nothing happens

@@ -14,6 +14,7 @@ import pytest
 from skyrl.config import (
     Config,
     GrpoFilter,
+    LearnerConfig,
     Mismatch,
     PairSource,
     Ratio,
@@ -79,6 +80,15 @@ BAD = [
     ("model.reward", "/no/such/folder"),
     ("algorithm.grpo.clip_low", 1.0),
     ("algorithm.grpo.clip_low", -0.1),
+    *[("rollout.gpu_memory_utilization", value) for value in (0.0, 1.1)],
+    *[("rollout.logprob_gap_limit", value) for value in (0.0, math.nan)],
+    *[("cluster.dashboard_port", value) for value in (-1, 65536)],
+    ("cluster.num_cpus", 0),
+    ("name", ""),
+    ("model.policy", ""),
+    ("model.reward", ""),
+    *[(key, math.inf) for key in ("learner.lr", "rollout.temperature", "reward.model_weight", "buffer.alpha")],
+    *[(key, math.nan) for key in ("algorithm.gate.value", "algorithm.mpo.threshold.value", "hallucination.gate_score")],
 ]
 
 
@@ -141,8 +151,28 @@ def nothing_trained(cfg: Config) -> None:
     cfg.algorithm.grpo.weight = cfg.algorithm.mpo.weight = 0.0
 
 
-def negative_clip(cfg: Config) -> None:
-    cfg.algorithm.grpo.clip_high = -0.1
+def ipc(cfg: Config) -> None:
+    cfg.rollout.weight_sync, cfg.rollout.device, cfg.learner.device = WeightSync.ipc, "cuda", "cuda"
+    cfg.rollout.gpu_memory_utilization = 0.5
+
+
+def ipc_with_uneven_workers(cfg: Config) -> None:
+    ipc(cfg)
+    cfg.rollout.num_workers = 2
+
+
+def ipc_across_gpus(cfg: Config) -> None:
+    ipc(cfg)
+    cfg.rollout.tensor_parallel_size = 2
+
+
+def ipc_without_room(cfg: Config) -> None:
+    ipc(cfg)
+    cfg.rollout.gpu_memory_utilization = 0.85
+
+
+def own_data_not_read(cfg: Config) -> None:
+    cfg.data.eval_path = "x.parquet"
 
 
 def pairs_without_reward_model(cfg: Config) -> None:
@@ -293,7 +323,10 @@ def shared_memory_on_gpus(cfg: Config) -> None:
         (uneven, ["rollout.prompts_per_step=10", "rollout.num_workers=3"]),
         (too_few_scenes, ["rollout.prompts_per_step=64", "data.train_size=10"]),
         (nothing_trained, ["algorithm.grpo.weight=0", "algorithm.mpo.weight=0"]),
-        (negative_clip, ["algorithm.grpo.clip_low=0.2", "clip_high=-0.1"]),
+        (ipc_with_uneven_workers, ["rollout.weight_sync=ipc", "rollout.num_workers=2", "learner.num_workers=1"]),
+        (ipc_across_gpus, ["rollout.weight_sync=ipc", "rollout.tensor_parallel_size=2"]),
+        (ipc_without_room, ["rollout.gpu_memory_utilization=0.85", "at most 0.6"]),
+        (own_data_not_read, ["data.eval_path=x.parquet", "data=parquet"]),
         (pairs_without_reward_model, ["model.reward=null", "algorithm.mpo.weight=0.5"]),
         (weight_without_reward_model, ["model.reward=null", "reward.model_weight=0.5"]),
         (ties_without_reward_model, ["model.reward=null", "algorithm.grpo.filter=all"]),
@@ -363,6 +396,23 @@ def test_combinations_that_are_possible() -> None:
     cfg.rollout.weight_sync, cfg.rollout.tensor_parallel_size, cfg.model.dtype = WeightSync.nccl, 8, "float16"
     cfg.learner.zero_stage = 1
     assert problems(cfg) == []
+    ipc(shared := Config())
+    assert problems(shared) == []
+
+
+def test_a_learner_that_will_not_start_needs_no_device() -> None:
+    cfg = Config()
+    nccl_with_a_cpu_learner(cfg)
+    assert len(problems(cfg)) == 1
+    validate(cfg, with_learner=False)
+
+
+def test_betas_are_two_numbers_below_1() -> None:
+    cfg = Config()
+    cfg.learner.betas = (1.0, 0.9)
+    assert problems(cfg) == ["learner.betas=[1.0, 0.9]: must be two numbers, each 0 or more and below 1"]
+    with pytest.raises(ConfigError, match=r"learner.betas=\[0.9\]: must be two numbers"):
+        LearnerConfig(betas=(0.9,))  # type: ignore[arg-type]
 
 
 def test_all_problems_come_at_once() -> None:

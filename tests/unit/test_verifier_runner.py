@@ -181,8 +181,9 @@ def test_endless_math_is_killed() -> None:
     assert verdict.score is None and "killed after 2 s" in str(verdict.error)
 
 
-def test_unreadable_math_truth_is_an_error() -> None:
-    assert "DataError" in str(math_runner().verify("math", "9", "").error)
+@pytest.mark.parametrize("truth", ["", "\\frac{", "x^2+", "???"])
+def test_unreadable_math_truth_is_an_error(truth: str) -> None:
+    assert "DataError" in str(math_runner().verify("math", "9", truth).error)
 
 
 _MATH: list[VerifierRunner] = []

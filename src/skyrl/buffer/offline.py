@@ -24,7 +24,7 @@ class OfflinePairs:
             length.
 
     Raises:
-        DataError: for a broken file, naming row and column, or a text that is too long.
+        DataError: for a broken file, naming row and column, a text that is too long, or fewer pairs than a step takes.
     """
 
     def __init__(self, data: DataConfig, policy_folder: str, rollout: RolloutConfig | None) -> None:
@@ -33,6 +33,11 @@ class OfflinePairs:
 
         self.pairs = ParquetPairs(str(data.pairs_path))
         self.per_step = data.pairs_per_step
+        if self.per_step > len(self.pairs):
+            raise DataError(
+                f"{data.pairs_path} has {len(self.pairs)} pairs, but data.pairs_per_step={self.per_step}: a step would "
+                f"train some of them twice; lower it to {len(self.pairs)} or less"
+            )
         self.stream = PromptStream(len(self.pairs), data.seed)
         self.encoder = PromptEncoder.from_pretrained(policy_folder)
         self.max_prompt_tokens = None if rollout is None else rollout.max_prompt_tokens

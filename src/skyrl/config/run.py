@@ -40,7 +40,7 @@ class HallucinationConfig:
     """Side of such a patch, pixels."""
     gate_score: float = 0.0
     """The reward-model gate reports answers that are right by the rule and scored below this (raw units), unless
-    ``algorithm.gate`` sets a threshold of its own."""
+    ``algorithm.gate.kind=fixed`` sets another."""
     phrases: list[str] = field(
         default_factory=lambda: [
             r"\b(?:can(?:no|')?t|unable to|not able to) (?:see|view|access) (?:the |any |an )?(?:image|picture|photo)",

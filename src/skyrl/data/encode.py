@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skyrl.types import DataError, Prompt
+from skyrl.types import ConfigError, DataError, Prompt
 
 TEXT_KEYS = frozenset({"input_ids", "attention_mask"})
 TYPE_KEYS = frozenset({"token_type_ids", "mm_token_type_ids"})
@@ -58,7 +58,8 @@ class PromptEncoder:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.image_token: str | None = getattr(processor, "image_token", None)
         self.image_token_id: int | None = getattr(processor, "image_token_id", None)
-        self.pad_id = int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
+        self.pad_id = int(self.tokenizer.pad_token_id or 0)
+        """Fills rows up; 0 where the tokenizer has no such token. The attention mask hides it either way."""
         self._cache: OrderedDict[str, tuple[np.ndarray, dict[str, torch.Tensor]]] = OrderedDict()
 
     @classmethod
@@ -75,7 +76,8 @@ class PromptEncoder:
         ids |= {int(i) for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         if self.image_token_id is not None:
             ids.add(int(self.image_token_id))
-        ids.add(self.pad_id)
+        if self.tokenizer.pad_token_id is not None:
+            ids.add(self.pad_id)
         ids.discard(int(self.tokenizer.eos_token_id))
         return sorted(ids)
 
@@ -84,7 +86,13 @@ class PromptEncoder:
 
         Raises:
             DataError: if the question itself spells out a picture placeholder or the model takes no pictures.
+            ConfigError: if the processor has no chat template.
         """
+        if all(getattr(part, "chat_template", None) is None for part in (self.processor, self.tokenizer)):
+            raise ConfigError(
+                "the processor of model.policy or model.reward has no chat template, so no prompt can be written for "
+                "it; put that of the model's family into chat_template.jinja in its folder"
+            )
         if prompt.images and self.image_token is None:
             raise DataError(f"prompt {prompt.id!r} has {len(prompt.images)} picture(s), but the policy takes text only")
         if self.image_token is not None and self.image_token in prompt.question:

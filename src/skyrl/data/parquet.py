@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from skyrl.algorithms.hallucination import check_claims
 from skyrl.data.parquet_schema import COLUMNS, MAY_BE_NULL, REQUIRED, SELF_CHECKED, json_object
 from skyrl.data.parquet_table import ParquetTable, check_files, write_rows
 from skyrl.data.pictures import encode_png
@@ -30,8 +31,8 @@ class ParquetPrompts:
     id       string, optional                         unique; default ``<file name without ending>/<row>``
     question string                                   the user's message without picture placeholders
     answer   string                                   the truth that the verifier compares with
-    verifier string                                   ``exact``, ``numeric``, ``math``, ``choice``, a registered
-                                                      name, or ``package.module:function``
+    verifier string                                   ``exact``, ``numeric``, ``math``, ``choice``, or
+                                                      ``package.module:function``
     images   list of binary or of string, optional    PNG or JPEG files, or paths relative to the Parquet file
     kind     string, optional                         family of the question, default ``default``
     facts    string, optional                         JSON object of what is true of the pictures, default ``{}``
@@ -44,7 +45,8 @@ class ParquetPrompts:
     Raises:
         DataError: naming file, row and column, for a missing or unreadable file, missing columns, wrong types, nulls
             or empty texts, an id that comes twice, an unknown verifier, a truth that ``exact``, ``numeric`` or
-            ``choice`` can't read, a kind with a slash, facts that are no JSON object, or a picture path without a file.
+            ``choice`` can't read, a kind with a slash, facts that are no JSON object or that
+            their checker refuses, or a picture path without a file.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None) -> None:
@@ -52,7 +54,7 @@ class ParquetPrompts:
         self.table = ParquetTable(self.path, COLUMNS, REQUIRED, MAY_BE_NULL, limit)
         self.table.each("verifier", lambda row, name: verifier_reference(name), unique=True)
         self.table.each("kind", _check_kind, unique=True)
-        self.table.each("facts", lambda row, text: json_object(text))
+        self.table.each("facts", lambda row, text: check_claims("", json_object(text)))
         self.table.each("answer", self._check_truth)
 
     def __len__(self) -> int:

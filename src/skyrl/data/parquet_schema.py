@@ -30,7 +30,9 @@ SELF_CHECKED = ("exact", "numeric", "choice")
 """Verifiers whose truths are checked when a file is opened; they take microseconds and can't hang."""
 
 
-def check_schema(path: Path, schema: pa.Schema, columns: Mapping[str, str], required: Sequence[str]) -> None:
+def check_schema(
+    path: Path, schema: pa.Schema, columns: Mapping[str, str], required: Sequence[str], may_be_null: Sequence[str]
+) -> None:
     """Check that the required columns are there and that all known ones have a type that can be read.
 
     Args:
@@ -38,6 +40,7 @@ def check_schema(path: Path, schema: pa.Schema, columns: Mapping[str, str], requ
         schema: What it has.
         columns: Name of each known column → ``TEXT``, ``NUMBER`` or ``PICTURES``.
         required: The names that must be there.
+        may_be_null: Columns that also may have no type, because every cell is null.
 
     Raises:
         DataError: naming the file and the column; also for a name that looks like a misspelt known one.
@@ -52,7 +55,7 @@ def check_schema(path: Path, schema: pa.Schema, columns: Mapping[str, str], requ
             raise DataError(f"{path}: column {name!r} comes twice")
         if name in columns:
             kind = schema.field(name).type
-            if not CHECKS[columns[name]](kind):
+            if not CHECKS[columns[name]](kind) and not (name in may_be_null and is_empty(kind)):
                 raise DataError(f"{path}: column {name!r}: got type {kind}; allowed: {columns[name]}")
         elif close := difflib.get_close_matches(name, set(columns) - set(schema.names), n=1, cutoff=0.8):
             # Silently ignoring "image" would make a picture data set a text data set.
@@ -79,6 +82,11 @@ def is_pictures(kind: pa.DataType) -> bool:
         return False
     item = kind.value_type
     return is_text(item) or pa.types.is_binary(item) or pa.types.is_large_binary(item)
+
+
+def is_empty(kind: pa.DataType) -> bool:
+    """True for what pyarrow makes of a column of nulls or of empty lists."""
+    return pa.types.is_null(kind.value_type if pa.types.is_list(kind) else kind)
 
 
 def is_number(kind: pa.DataType) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from skyrl.data.parquet_schema import NUMBER, PICTURES, TEXT, check_schema, is_text, plain, short, where
+from skyrl.data.parquet_schema import NUMBER, PICTURES, TEXT, check_schema, is_empty, is_text, plain, short, where
 from skyrl.data.pictures import decode_picture
 from skyrl.types import DataError
 
@@ -54,10 +54,11 @@ class ParquetTable:
         self.path = path
         try:
             self._file = pq.ParquetFile(self.path, memory_map=True)
-            check_schema(self.path, self._file.schema_arrow, columns, required)
-            names = [name for name in columns if name in self._file.schema_arrow.names]
+            schema = self._file.schema_arrow
+            check_schema(self.path, schema, columns, required, may_be_null)
+            names = [name for name in columns if name in schema.names and not is_empty(schema.field(name).type)]
             self._has_pictures = "images" in names
-            self._paths = self._has_pictures and is_text(self._file.schema_arrow.field("images").type.value_type)
+            self._paths = self._has_pictures and is_text(schema.field("images").type.value_type)
             # Picture bytes stay in the file; paths are short.
             loaded = names if self._paths else [name for name in names if name != "images"]
             table = self._file.read(columns=loaded).slice(0, limit)
@@ -184,7 +185,9 @@ class ParquetTable:
 
     def _check_paths(self, row: int, paths: list[str | None]) -> None:
         for place, path in enumerate(paths):
-            if path is not None and not (self.path.parent / path).is_file():
+            if path is None:
+                raise DataError(f"picture {place}: got null; allowed: a path, or a null instead of the whole list")
+            if not (self.path.parent / path).is_file():
                 raise DataError(f"picture {place}: got {path!r}, and {self.path.parent} has no such file")
 
 

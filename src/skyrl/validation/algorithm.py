@@ -37,11 +37,6 @@ def _stages(cfg: Config) -> Iterator[str]:
             f"algorithm.mpo_steps={algorithm.mpo_steps}: with algorithm.stage=mpo_then_grpo it must be 1 or more and "
             f"below controller.steps={cfg.controller.steps}, so that both stages run"
         )
-    if not 0 <= grpo.clip_low < 1 or grpo.clip_high < 0:
-        yield (
-            f"algorithm.grpo.clip_low={grpo.clip_low}, clip_high={grpo.clip_high}: "
-            "clip_low must be in 0 … 1 and clip_high 0 or more"
-        )
 
 
 def _reward_combinations(cfg: Config) -> Iterator[str]:

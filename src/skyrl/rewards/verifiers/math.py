@@ -27,7 +27,8 @@ def _parse(text: str) -> list[Any]:
     works in a main thread only and can't end a loop in C. The runner kills this process instead.
     """
     formula = text if any(mark in text for mark in _DELIMITERS) else f"${text}$"
-    return parse(formula, [LatexExtractionConfig()], parsing_timeout=None)
+    # Without the fall-back: an unreadable truth would become a text that hardly any answer equals.
+    return parse(formula, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
 
 
 def math_verifier(answer: str, truth: str) -> float:
