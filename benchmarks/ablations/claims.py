@@ -105,6 +105,14 @@ CLAIMS = (
         "default", "grpo", ACCURACY, 1,
     ),
     Claim(
+        "Section 3", "MPO in the same step makes GRPO with the SSB more accurate", OURS, NO_FIGURE,
+        "default", "grpo_ssb", ACCURACY, 1,
+    ),
+    Claim(
+        "Section 3", "MPO in the same step makes GRPO with the SSB hallucinate less", OURS, NO_FIGURE,
+        "default", "grpo_ssb", HALLUCINATION, -1,
+    ),
+    Claim(
         "Section 3", "At a learning rate of 1e-4 the whole hallucinates less than GRPO on answers alone", OURS,
         NO_FIGURE, "default_slow", "grpo_rule_slow", HALLUCINATION, -1,
     ),

@@ -45,10 +45,11 @@ def _panels(
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    if axes[0][0].get_legend_handles_labels()[0]:  # nothing is drawn where no run has the metric
-        axes[0][0].legend(fontsize=8, frameon=False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    if handles:  # nothing is drawn where no run has the metric; beside the panels it hides no line
+        figure.legend(handles, labels, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
