@@ -21,10 +21,12 @@ first one had all kinds of question and a learning rate of 3e-4. Its 37 runs, ke
 differed by up to 15 points between seeds. And 8 of the 12 with MPO alone and a risk-controlled threshold had come to a
 stop before the end, because at that time nothing passed while no threshold kept the risk under its target. Then the
 strictest tenth passed instead: the 27 runs of that time, in [ablations_strictest.jsonl](ablations_strictest.jsonl), are
-replaced here by runs with the present fallback, and `mpo_strictest` shows the difference. Of this grid seeds 3 and 4
-were added, for every method, after the verdicts of seeds 0 to 2 had been read, and with them the two checks of what MPO adds
-to GRPO with the SSB. With three seeds one more claim had been seen (MPO more accurate than likelihood alone, +2.2 ± 2.0)
-and three had not (accuracy of GRPO after MPO, accuracy of the whole, the adapter alone under MPO).
+replaced here by runs with the present fallback, and `mpo_strictest` shows the difference.
+
+Of this grid seeds 3 and 4 were added, for every method, after the verdicts of seeds 0 to 2 had been read, and with them
+the two checks of what MPO adds to GRPO with the SSB. With three seeds one more claim had been seen (MPO more accurate
+than likelihood alone, +2.2 ± 2.0) and three had not (accuracy of GRPO after MPO, accuracy of the whole, the adapter
+alone under MPO).
 
 *Hallucination* is the share of picture answers with at least one false claim about the picture, *false claims* the
 share of false among all claims. Two parts of the system know the digits: the reward model was trained on pairs of
