@@ -241,15 +241,24 @@ class Cases:
             self.others()
 
     def sharded(self) -> None:
-        """Elements that a rank holds of a policy loaded for ZeRO-3, and of how many; then a frozen and checkpointed one
-        under ZeRO-3, as large policies are trained."""
+        """Elements that a rank holds of a policy loaded for ZeRO-3 in bfloat16, of how many, and its buffers, also of
+        one loaded whole; then a frozen and checkpointed one under ZeRO-3, as large policies are trained."""
         from skyrl.learner.deepspeed_config import deepspeed_config
+        from skyrl.learner.sharded_loading import sharded_loading
         from skyrl.models.policy import load_policy
 
         cfg = settings(3, self.world_size)
-        loaded = list(load_policy(self.policy, "float32", deepspeed_config(cfg.learner, "float32")).parameters())
-        held = sum(p.numel() + p.ds_tensor.numel() for p in loaded)
-        self.results["sharded_load", 3] = held, sum(p.ds_numel for p in loaded)
+        with sharded_loading(deepspeed_config(cfg.learner, "bfloat16")):
+            loaded = load_policy(self.policy, "bfloat16")
+        parameters, buffers = list(loaded.parameters()), dict(loaded.named_buffers())
+        whole = dict(load_policy(self.policy, "bfloat16").named_buffers())
+        self.results["sharded_load", 3] = {
+            "held": sum(p.numel() + p.ds_tensor.numel() for p in parameters),
+            "whole": sum(p.ds_numel for p in parameters),
+            "types": {str(p.dtype) for p in parameters},
+            "buffers": {name: (str(b.dtype), b.float().numpy()) for name, b in buffers.items()},
+            "plain_buffers": {name: (str(b.dtype), b.float().numpy()) for name, b in whole.items()},
+        }
         cfg.learner.trainable, cfg.learner.gradient_checkpointing = Trainable.adapter, True
         self.steps("adapter_checkpointing", cfg, 1)
 

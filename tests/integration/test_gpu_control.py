@@ -18,7 +18,7 @@ from skyrl.actors.gpu_sync import RolloutControl
 from skyrl.actors.placement import Placement, check_resources
 from skyrl.actors.pools import RayWeightSyncer
 from skyrl.config import Config, WeightSync
-from skyrl.types import ConfigError, SyncError
+from skyrl.types import ConfigError, SkyrlError, SyncError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,11 +58,13 @@ class Rollout:
 class Learner:
     """A sender that takes ``seconds``, as one does that waits for an engine inside NCCL."""
 
-    def send_weights(self, rollouts: list[Any], version: int) -> None:
-        time.sleep(self.seconds)
-
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+
+    def send_weights(self, rollouts: list[Any], version: int) -> None:
+        if self.seconds < 0:
+            raise SyncError("nothing to gather")
+        time.sleep(self.seconds)
 
 
 def ipc() -> Config:
@@ -91,6 +93,15 @@ def test_ipc_puts_each_learner_rank_on_the_gpu_of_its_rollout_worker() -> None:
             ray.kill(actor)
     finally:
         placement.release()
+
+
+def test_a_pair_needs_its_cores_on_one_node() -> None:
+    cfg = ipc()
+    cfg.rollout.num_cpus = cfg.learner.num_cpus = 2.0
+    nodes = [{"Resources": {"CPU": 5.0, "GPU": 1.0}}] * 2
+    check_resources(cfg, nodes, with_learner=True)
+    with pytest.raises(ConfigError, match="one actor needs 4 CPUs, the largest node of the cluster has 3"):
+        check_resources(cfg, [{"Resources": {"CPU": 3.0, "GPU": 1.0}}] * 4, with_learner=True)
 
 
 def test_nccl_needs_a_gpu_for_each() -> None:
@@ -124,10 +135,13 @@ def test_memory_handles_travel_in_the_field_that_vllm_unpickles() -> None:
             assert IPCWeightTransferUpdateInfo(**sent).ipc_handles == handles
 
 
-def syncer(seconds: float, failure: str | None, monkeypatch: pytest.MonkeyPatch) -> RayWeightSyncer:
+def syncer(
+    monkeypatch: pytest.MonkeyPatch, *seconds: float, failure: str | None = None, timeout: float = 30.0
+) -> RayWeightSyncer:
     monkeypatch.setattr("skyrl.actors.pools.POLL_SECONDS", 0.2)
     cfg = ipc()
-    learners = [ray.remote(Learner).options(num_cpus=0.1).remote(seconds)]
+    cfg.controller.timeout = timeout
+    learners = [ray.remote(Learner).options(num_cpus=0.1).remote(one) for one in seconds]
     rollouts = [ray.remote(Rollout).options(num_cpus=0.1).remote(one) for one in (None, failure)]
     return RayWeightSyncer(learners, rollouts, cfg)
 
@@ -135,11 +149,21 @@ def syncer(seconds: float, failure: str | None, monkeypatch: pytest.MonkeyPatch)
 def test_a_failed_receiver_ends_the_sync_though_the_sender_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     with pytest.raises(SyncError, match="could not take the new weights: update_weights: KeyError: 'x'"):
-        syncer(60.0, "update_weights: KeyError: 'x'", monkeypatch)._send(1)
+        syncer(monkeypatch, 60.0, failure="update_weights: KeyError: 'x'")._send(1)
     assert time.monotonic() - started < 30
 
 
+def test_a_failed_learner_ends_the_sync_though_another_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ray.exceptions.RayTaskError, match="nothing to gather"):
+        syncer(monkeypatch, -1.0, 60.0)._send(1)
+
+
+def test_a_sync_that_hangs_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SkyrlError, match=r"the weight sync took longer than controller\.timeout=1 s"):
+        syncer(monkeypatch, 60.0, timeout=1.0)._send(1)
+
+
 def test_a_slow_but_good_transfer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = syncer(1.0, None, monkeypatch)
+    made = syncer(monkeypatch, 1.0)
     made._send(4)
     assert [ray.get(rollout.seen.remote()) for rollout in made.rollouts] == [[("finish_transfer", {"version": 4})]] * 2

@@ -131,8 +131,14 @@ def test_fewer_items_than_ranks(results: Any, stage: int) -> None:
 
 def test_under_zero_3_a_rank_holds_its_share_from_the_start(results: Any) -> None:
     for rank in (0, 1):
-        held, whole = results[2, rank]["sharded_load", 3]
-        assert whole > 1_000_000 and held == pytest.approx(whole / 2, rel=0.01)
+        run = results[2, rank]["sharded_load", 3]
+        assert run["whole"] > 1_000_000 and run["held"] == pytest.approx(run["whole"] / 2, rel=0.01)
+        assert run["types"] == {"torch.bfloat16"}
+        # In 16 bits the frequencies of rotary positions would be wrong by turns far along.
+        assert run["buffers"].keys() == run["plain_buffers"].keys()
+        assert any(name.endswith("inv_freq") and kind == "torch.float32" for name, (kind, _) in run["buffers"].items())
+        for name, (kind, values) in run["plain_buffers"].items():
+            assert run["buffers"][name][0] == kind and np.array_equal(run["buffers"][name][1], values)
 
 
 def test_sharded_frozen_and_checkpointed_changes_nothing(results: Any) -> None:

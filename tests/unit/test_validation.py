@@ -26,7 +26,7 @@ from skyrl.config import (
 )
 from skyrl.config.ranges import AT_LEAST_ONE, NOT_NEGATIVE, OPEN_SHARES, OPTIONAL_NOT_NEGATIVE, POSITIVE, SHARES
 from skyrl.types import ConfigError
-from skyrl.validation import validate
+from skyrl.validation import MAY_BE_INFINITE, validate
 
 
 def put(cfg: Config, key: str, value: object) -> Config:
@@ -124,6 +124,7 @@ EDGE = [
     ("resume", "/"),
     ("algorithm.grpo.clip_low", 0.0),
     ("algorithm.grpo.clip_high", 5.0),
+    *[(key, math.inf) for key in MAY_BE_INFINITE],
 ]
 
 
@@ -403,7 +404,8 @@ def test_combinations_that_are_possible() -> None:
 def test_a_learner_that_will_not_start_needs_no_device() -> None:
     cfg = Config()
     nccl_with_a_cpu_learner(cfg)
-    assert len(problems(cfg)) == 1
+    cfg.model.dtype = "float16"
+    assert len(problems(cfg)) == 3  # the device, 16 bits on CPU, and without ZeRO
     validate(cfg, with_learner=False)
 
 

@@ -181,6 +181,11 @@ def test_endless_math_is_killed() -> None:
     assert verdict.score is None and "killed after 2 s" in str(verdict.error)
 
 
+@pytest.mark.parametrize("truth", ["50%", "$50\\%$", "\\boxed{50\\%}", "50°", "50"])
+def test_signs_of_per_cent_and_degree_count_for_nothing(truth: str) -> None:
+    assert [math_runner().verify("math", answer, truth).score for answer in ("50\\%", "50^\\circ", "51%")] == [1, 1, 0]
+
+
 @pytest.mark.parametrize("truth", ["", "\\frac{", "x^2+", "???"])
 def test_unreadable_math_truth_is_an_error(truth: str) -> None:
     assert "DataError" in str(math_runner().verify("math", "9", truth).error)

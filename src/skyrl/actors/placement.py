@@ -57,7 +57,8 @@ class Placement:
             return
         rollout, learner = self.cfg.rollout, self.cfg.learner
         bundle = {"GPU": 1.0, "CPU": rollout.num_cpus + learner.num_cpus}
-        self._group = placement_group([bundle] * learner.num_workers)
+        strategy = "SPREAD" if self.spread else "PACK"
+        self._group = placement_group([bundle] * learner.num_workers, strategy=strategy)
         if not self._group.wait(self.cfg.controller.timeout):
             raise SkyrlError(
                 f"the cluster did not give {learner.num_workers} times one GPU with {bundle['CPU']:g} CPUs on one node "
@@ -111,6 +112,9 @@ def check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool
     cpus = [rollout.num_cpus] * rollout.num_workers + [reward.num_cpus] * reward.num_workers
     if with_learner:
         cpus += [learner.num_cpus] * learner.num_workers + [BUFFER_CPUS]
+        if rollout.weight_sync is WeightSync.ipc:  # each pair on one node
+            pairs = [rollout.num_cpus + learner.num_cpus] * learner.num_workers
+            cpus = pairs + [reward.num_cpus] * reward.num_workers + [BUFFER_CPUS]
     gpus: list[float] = [0.0]
     if rollout.device == "cuda":
         gpus += [rollout.tensor_parallel_size] * rollout.num_workers

@@ -174,21 +174,25 @@ class RayWeightSyncer:
             loads = [rollout.load_weights.remote(snapshot) for rollout in self.rollouts]
             return {"sync/megabytes": fetch(loads, timeout, "the weight sync")[0]}
         sends = [learner.send_weights.remote(self.rollouts, version) for learner in self.learners]
-        self._watch(sends, time.monotonic() + timeout)
-        fetch(sends, timeout, "the weight sync")
+        self._watch(sends, timeout)
         fetch([rollout.finish_transfer.remote(version) for rollout in self.rollouts], timeout, "the weight sync")
         return {}
 
-    def _watch(self, sends: list[Any], deadline: float) -> None:
-        """Return once every learner has sent, or raise why an engine could not receive: the learner then waits for it
-        inside NCCL and can't say."""
-        while ray.wait(sends, num_returns=len(sends), timeout=POLL_SECONDS)[1]:
+    def _watch(self, sends: list[Any], timeout: float) -> None:
+        """Return once every learner has sent. Raise what one raised, though others may wait for it, or why an engine
+        could not receive: the learner then waits inside NCCL and can't say."""
+        deadline = time.monotonic() + timeout
+        while True:
+            done, left = ray.wait(sends, num_returns=len(sends), timeout=POLL_SECONDS)
+            ray.get(done)
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise SkyrlError(f"the weight sync took longer than controller.timeout={timeout:g} s")
             failures = [rollout.transfer_failure.remote() for rollout in self.rollouts]  # waits for a running transfer
             for failure in ray.get(ray.wait(failures, num_returns=len(failures), timeout=POLL_SECONDS)[0]):
                 if failure is not None:
                     raise SyncError(f"a rollout worker could not take the new weights: {failure}")
-            if time.monotonic() > deadline:
-                return  # fetch says what took too long
 
     def gap(self) -> dict[str, float]:
         """The probe alone: ``largest`` and ``mean`` |log π_rollout − log π_learner| over the tokens that the rollout

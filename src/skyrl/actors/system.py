@@ -105,6 +105,8 @@ def start_system(cfg: Config, policy_folder: str, reward_folder: str | None, lea
             buffer = placement.actor(BufferActor, "sample-buffer", BUFFER_CPUS, {}).remote(cfg, policy_folder)
             actors.append(buffer)
             host, port = fetch(learners[0].address.remote(), timeout, "starting the learner")
+            if placement.shares_gpus:  # an engine measures its memory, and must be alone on its GPU meanwhile
+                fetch([actor.sizes.remote() for actor in rollouts], timeout, "starting the rollout workers")
             starting += [rank.start.remote(host, port) for rank in learners] + [buffer.ready.remote()]
             pools.buffer = RayBufferService(buffer, cfg)
             pools.learner = RayLearnerPool(learners, cfg)

@@ -72,7 +72,7 @@ class CheckpointConfig:
 
 @dataclass
 class ControllerConfig:
-    steps: int = 60
+    steps: int = 40
     """Length of the run."""
     seed: int = 0
     """Seed of sampling and replay. The order of prompts follows ``data.seed``, embedded models ``model.seed``; with the

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from skyrl.learner.passes import Forward, Share, distinct_share, pair_members, s
 from skyrl.learner.probe import masked_group, picture_drop_metrics, probed_groups
 from skyrl.learner.process_group import join_ranks
 from skyrl.learner.reference import Reference, compared_items, needs_reference, refresh_due, whole_parameters
+from skyrl.learner.sharded_loading import sharded_loading
 from skyrl.models.freezing import freeze
 from skyrl.models.policy import PolicyModule, load_policy
 from skyrl.models.snapshot import Layout, layout_of, take_snapshot
@@ -79,7 +81,8 @@ class DeepSpeedLearner:
             self.reference = Reference(self._module(settings), settings, cfg.learner.zero_stage, trained)
 
     def _module(self, settings: dict[str, Any]) -> PolicyModule:
-        model = load_policy(self.policy_folder, self.cfg.model.dtype, settings if self.sharded else None)
+        with sharded_loading(settings) if self.sharded else nullcontext():
+            model = load_policy(self.policy_folder, self.cfg.model.dtype)
         module = PolicyModule(model, self.encoder.forbidden_token_ids(), self.cfg.rollout.temperature)
         return module.to(self.device)
 

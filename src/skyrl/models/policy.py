@@ -17,24 +17,12 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of architectures that change logits after the output layer, which :class:`PolicyModule` would leave out."""
 
 
-class _ZeroThree:
-    """What transformers asks of its own DeepSpeed configuration, which would need another package."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-
-    def is_zero3(self) -> bool:
-        return True
-
-
-def load_policy(folder: str, dtype: str, zero3: dict[str, Any] | None = None) -> Any:
+def load_policy(folder: str, dtype: str) -> Any:
     """The Hugging Face model in ``folder``: vision-language if its configuration says so, else causal.
 
     Args:
         folder: What ``save_pretrained`` wrote.
         dtype: Torch name of the type of its parameters.
-        zero3: DeepSpeed configuration of a ZeRO-3 learner: each rank then keeps its share of every parameter only, from
-            the moment it is made. Collective. None loads the whole model.
 
     Raises:
         ConfigError: if there is no ``config.json`` in the folder.
@@ -46,16 +34,7 @@ def load_policy(folder: str, dtype: str, zero3: dict[str, Any] | None = None) ->
         raise ConfigError(f"{folder} is not a Hugging Face model folder: it has no config.json")
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    if zero3 is None:
-        return kind.from_pretrained(folder, dtype=getattr(torch, dtype))
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    sharding = _ZeroThree(zero3)  # transformers keeps a weak reference
-    set_hf_deepspeed_config(sharding)
-    try:
-        return kind.from_pretrained(folder, dtype=getattr(torch, dtype))
-    finally:
-        unset_hf_deepspeed_config()
+    return kind.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
 class PolicyModule(nn.Module):

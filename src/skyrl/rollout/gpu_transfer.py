@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,7 +55,7 @@ class VllmSender:
         if not torch.cuda.is_available():
             raise SkyrlError(f"rollout.weight_sync={cfg.rollout.weight_sync.value} needs CUDA in the learner")
         self._engine = WeightTransferTrainerFactory.trainer_init(
-            _init_info(cfg, rank, host), client=control, source=source
+            _init_info(cfg, rank, host, source.layout), client=control, source=source
         )
 
     def send(self) -> None:
@@ -62,7 +63,7 @@ class VllmSender:
         self._engine.send_weights()
 
 
-def _init_info(cfg: Config, rank: int, host: str) -> Any:
+def _init_info(cfg: Config, rank: int, host: str, layout: Layout) -> Any:
     if cfg.rollout.weight_sync is WeightSync.nccl:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -77,7 +78,12 @@ def _init_info(cfg: Config, rank: int, host: str) -> Any:
         )
     if cfg.rollout.weight_sync is WeightSync.ipc:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
+
+        largest = max(dtype.itemsize * math.prod(shape) for _, dtype, shape in layout)
 
         # Packed: copies chunk by chunk. Else every gathered parameter would stay until the last one is sent.
-        return IPCTrainerInitInfo(rank=rank, packed=True)
+        # A parameter that is larger than the buffer would be refused.
+        size = max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, largest)
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)
     raise SkyrlError("rollout.weight_sync=shm needs no sender: the snapshot travels through Ray's object store")

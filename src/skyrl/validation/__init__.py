@@ -27,6 +27,8 @@ from skyrl.types import ConfigError
 from skyrl.validation.algorithm import algorithm_problems
 
 SHARED_GPU_LIMIT = 0.6
+MAY_BE_INFINITE = ("learner.max_grad_norm", "rollout.logprob_gap_limit", "algorithm.grpo.mismatch_cap")
+"""Limits that infinity turns off."""
 
 
 def validate(cfg: Config, with_learner: bool = True) -> None:
@@ -77,7 +79,7 @@ def _ranges(cfg: Config) -> Iterator[str]:
                 refused.add(key)
                 yield f"{key}={value}: must be {words}"
     for key, value in _numbers(cfg):
-        if not math.isfinite(value) and key not in refused:
+        if not math.isfinite(value) and key not in refused and (key not in MAY_BE_INFINITE or value != math.inf):
             yield f"{key}={value}: must be a finite number"
     if not all(0 <= beta < 1 for beta in cfg.learner.betas):
         yield f"learner.betas={list(cfg.learner.betas)}: must be two numbers, each 0 or more and below 1"
@@ -185,12 +187,12 @@ def _device_combinations(cfg: Config, with_learner: bool) -> Iterator[str]:
         )
     if with_learner and rollout.weight_sync is WeightSync.ipc:
         yield from _ipc_problems(cfg)
-    if cfg.model.dtype in ("bfloat16", "float16") and learner.zero_stage == 0:
+    if with_learner and cfg.model.dtype in ("bfloat16", "float16") and learner.zero_stage == 0:
         yield (
             f"learner.zero_stage=0 with model.dtype={cfg.model.dtype}: the gradients of the micro-batches would add up "
             "in 16 bits; use learner.zero_stage=1 or more, also with one worker"
         )
-    if cfg.model.dtype == "float16" and "cpu" in (rollout.device, learner.device):
+    if cfg.model.dtype == "float16" and "cpu" in devices:
         yield "model.dtype=float16 is for GPUs; on CPU use float32"
 
 

@@ -7,6 +7,7 @@ ever, so that the process has to be killed.
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -16,6 +17,8 @@ from skyrl.types import DataError
 # It would warn on every start that its time limits are off; they are, on purpose (see _parse).
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
+_SIGNS = re.compile(r"\\?%|°")
+"""Signs that the grammar does not know; ``^\\circ`` and units in ``\\text`` it leaves out by itself."""
 _DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin{")
 
 
@@ -26,6 +29,7 @@ def _parse(text: str) -> list[Any]:
     taken as one formula, so ``x^2`` reads like ``$x^2$``. math-verify's own limits are off: they use SIGALRM, which
     works in a main thread only and can't end a loop in C. The runner kills this process instead.
     """
+    text = _SIGNS.sub("", text)
     formula = text if any(mark in text for mark in _DELIMITERS) else f"${text}$"
     # Without the fall-back: an unreadable truth would become a text that hardly any answer equals.
     return parse(formula, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
@@ -34,7 +38,8 @@ def _parse(text: str) -> list[Any]:
 def math_verifier(answer: str, truth: str) -> float:
     """1.0 if both are mathematically equal (``\\frac{1}{2}`` and ``0.5``, ``(x+1)^2`` expanded…), else 0.0.
 
-    An answer that isn't readable as mathematics is wrong. A failure inside the comparison is raised, not scored.
+    Signs of per cent and degree count for nothing on either side. An answer that isn't readable as mathematics is
+    wrong. A failure inside the comparison is raised, not scored.
 
     Raises:
         DataError: if the truth can't be read as mathematics.
