@@ -26,8 +26,13 @@ Every setting can be given on the command line: `make train ARGS="controller.ste
 below. *Allowed* is what is checked for the setting alone; combinations are checked too, before anything starts, and the
 message names the keys. `null` means "none".
 """
-OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {"int": (-1, 10**6), "float": (-1.0, 10.0**6), "str": ("?", "")}
-OUT_OF_RANGE |= {"list[str]": (["?"],), "tuple[float, float]": ((2.0, 2.0),)}
+OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
+    "int": (-1, 10**6),
+    "float": (-1.0, 10.0**6),
+    "str": ("?", ""),
+    "list[str]": (["?"],),
+    "tuple[float, float]": ((2.0, 2.0),),
+}
 """Values that no setting with a limit allows, by type: the validation's own words then say what is allowed."""
 LIMIT = re.compile(r"=[^:]*: (?:must be|.*?\bneeds) ([^;]+?)(?:;|, because|$)")
 

@@ -30,7 +30,6 @@ from skyrl.validation import validate
 INSTALLED_CONF = Path(__file__).parent / "conf"
 CONF = INSTALLED_CONF if INSTALLED_CONF.is_dir() else Path(__file__).parents[2] / "conf"
 
-SCHEMA = OmegaConf.structured(Config)
 logger = logging.getLogger("skyrl")
 
 
@@ -63,7 +62,7 @@ def compose_config(overrides: list[str]) -> Config:
             config = _to_config(tree)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error)) from error
-    unknown = sorted(set(_keys(OmegaConf.to_container(tree))) - set(_keys(OmegaConf.to_container(SCHEMA))))
+    unknown = sorted(set(_keys(OmegaConf.to_container(tree))) - set(_settings()))
     if unknown:  # +key=value adds what no part of skyrl reads
         raise ConfigError("\n".join(map(_unknown, unknown)))
     if not config.run_dir:
@@ -83,19 +82,24 @@ def _explain(error: Exception) -> str:
     text = "\n".join(line for line in str(error).splitlines() if "append to your config" not in line)
     found = re.search(r"Could not override '([^']+)'", text)
     key = found.group(1) if found else str(getattr(cause, "full_key", "") or "")
-    if found and key not in _keys(OmegaConf.to_container(SCHEMA)):
+    if found and key not in _settings():
         return _unknown(key)
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
     return f"{key}: {first}" if key and key not in first else text.strip()
 
 
 def _unknown(key: str) -> str:
-    keys = _keys(OmegaConf.to_container(SCHEMA))
+    keys = _settings()
     near = difflib.get_close_matches(key, keys, n=2, cutoff=0.8) or [
         k for k in keys if k.endswith("." + key.split(".")[-1])
     ]
     mend = f"; did you mean {' or '.join(near)}?" if near else "; `python -m skyrl.launch --cfg job` lists all keys"
     return f"{key}: there is no such setting{mend}"
+
+
+def _settings() -> list[str]:
+    """Every setting there is."""
+    return _keys(OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
 def _keys(tree: Any, prefix: str = "") -> list[str]:

@@ -94,6 +94,8 @@ def test_optional_columns_may_be_empty_in_every_row(tmp_path: Path, images: list
     path = write(tmp_path / "m.parquet", [ROW | {"kind": None, "facts": None, "images": images}] * 2)
     read = ParquetPrompts(path)
     assert same(read[1], Prompt("m/1", "1+1?", (), "2", "numeric"))
+    large = write(tmp_path / "l.parquet", [ROW | {"images": images}], {"images": pa.large_list(pa.null())})
+    assert ParquetPrompts(large)[0].images == ()
     with pytest.raises(DataError, match="column 'answer': got type null; allowed: string"):
         ParquetPrompts(write(tmp_path / "n.parquet", [ROW | {"answer": None}]))
 

@@ -51,13 +51,15 @@ def test_wrong_twice_is_an_error(second: float) -> None:
 
 def test_the_limit_follows_dtype_and_device_unless_it_is_set() -> None:
     cfg = Config()
-    # The largest is 4 times the mean here: in float32 it is the one that is judged.
-    assert Scripted([2.4e-5], cfg).sync(1)["sync/retries"] == 0.0
-    assert Scripted([2.6e-5, 1e-6], cfg).sync(1)["sync/retries"] == 1.0
+    for device in ("cpu", "cuda"):
+        cfg.rollout.device, cfg.model.dtype = device, "float32"
+        # The largest is 4 times the mean here, and the one that is judged.
+        assert Scripted([2.4e-5], cfg).sync(1)["sync/retries"] == 0.0
+        assert Scripted([2.6e-5, 1e-6], cfg).sync(1)["sync/retries"] == 1.0
+    cfg.rollout.device, cfg.model.dtype = "cpu", "bfloat16"
+    assert Scripted([0.024], cfg).sync(1)["sync/retries"] == 0.0
+    assert Scripted([0.026, 0.01], cfg).sync(1)["sync/retries"] == 1.0
     cfg.rollout.device = "cuda"
-    assert Scripted([4.9e-3], cfg).sync(1)["sync/retries"] == 0.0
-    assert Scripted([5.1e-3, 1e-6], cfg).sync(1)["sync/retries"] == 1.0
-    cfg.model.dtype = "bfloat16"
     assert Scripted([0.049], cfg).sync(1)["sync/retries"] == 0.0
     assert Scripted([0.051, 0.01], cfg).sync(1)["sync/retries"] == 1.0
     cfg.rollout.logprob_gap_limit = 0.01

@@ -134,8 +134,8 @@ class RolloutConfig:
     probe_new_tokens: int = 8
     """Tokens sampled for each of them."""
     logprob_gap_limit: float | None = None
-    """Limit of |log π_rollout − log π_learner| on the probe: of the largest in float32, of the mean in 16 bits. null
-    means 1e-4 in float32 on CPU, 2e-2 in float32 on CUDA, 0.05 in 16 bits."""
+    """Limit of the largest |log π_rollout − log π_learner| on the probe, of the mean in 16 bits on CUDA. null means
+    1e-4 in float32, 0.1 in 16 bits, 0.05 for that mean."""
 
 
 @dataclass

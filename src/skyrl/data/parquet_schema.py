@@ -86,7 +86,7 @@ def is_pictures(kind: pa.DataType) -> bool:
 
 def is_empty(kind: pa.DataType) -> bool:
     """True for what pyarrow makes of a column of nulls or of empty lists."""
-    return pa.types.is_null(kind.value_type if pa.types.is_list(kind) else kind)
+    return pa.types.is_null(kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind)
 
 
 def is_number(kind: pa.DataType) -> bool:

@@ -170,7 +170,9 @@ METRICS: dict[str, MetricInfo] = {
     "sync/logprob_gap": _M(
         "nats", "Largest difference of rollout and learner log-probability over the probe's tokens, after a sync."
     ),
-    "sync/logprob_gap_mean": _M("nats", "The mean difference over the same tokens; in 16 bits it is the one judged."),
+    "sync/logprob_gap_mean": _M(
+        "nats", "The mean difference over the same tokens; in 16 bits on CUDA it is the one judged."
+    ),
     "sync/retries": _M("syncs", "Weight syncs that had to be sent a second time because the first probe failed."),
     "sync/seconds": _M("s", "Wall time of the weight transfer and its probe."),
     "sync/megabytes": _M("MB", "Size of the weights sent to each rollout worker (10^6 bytes)."),

@@ -26,7 +26,7 @@ def forbidding_bias(forbidden: list[int], vocabulary: int) -> dict[int, float]:
     """vLLM's ``logit_bias`` that gives forbidden tokens probability 0. Placeholders of pictures and padding must never
     be sampled: the learner could not embed them.
 
-    The list of allowed tokens would say the same, but vLLM's GPU sampler takes only the first 1,024 of one.
+    A list of the allowed tokens would say the same, but vLLM's GPU sampler refuses one of more than 1,024.
 
     Raises:
         ConfigError: for more forbidden tokens than vLLM takes.

@@ -36,7 +36,7 @@ def validate(cfg: Config, with_learner: bool = True) -> None:
 
     Args:
         cfg: The whole configuration.
-        with_learner: False if no learner will start, whose device does not matter then.
+        with_learner: False if no learner will start, whose device and type do not matter then.
 
     Raises:
         ConfigError: naming every problem found, one a line.
