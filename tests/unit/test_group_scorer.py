@@ -301,6 +301,22 @@ def test_a_body_that_scores_otherwise_with_a_cache_is_found_out(
     assert "changes the features by up to" in caplog.text
 
 
+def test_too_little_memory_is_no_fault_of_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reward_model()
+    plain = model.model.base_model.forward
+
+    def forward(**inputs: Any) -> Any:
+        if inputs.get("use_cache"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(**inputs)
+
+    monkeypatch.setattr(model.model.base_model, "forward", forward)
+    scorer = GroupScorer(model, 4, encoder())
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.score(groups())
+    assert scorer.shares_prompts
+
+
 def test_a_body_without_such_a_cache_is_found_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
