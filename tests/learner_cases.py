@@ -243,6 +243,7 @@ class Cases:
     def sharded(self) -> None:
         """Elements that a rank holds of a policy loaded for ZeRO-3 in bfloat16, of how many, and its buffers, also of
         one loaded whole; then a frozen and checkpointed one under ZeRO-3, as large policies are trained."""
+        from skyrl.learner import engine
         from skyrl.learner.deepspeed_config import deepspeed_config
         from skyrl.learner.sharded_loading import sharded_loading
         from skyrl.models.policy import load_policy
@@ -260,7 +261,17 @@ class Cases:
             "plain_buffers": {name: (str(b.dtype), b.float().numpy()) for name, b in whole.items()},
         }
         cfg.learner.trainable, cfg.learner.gradient_checkpointing = Trainable.adapter, True
+        cut: list[bool] = []
+
+        def watched(folder: str, dtype: str) -> Any:
+            model = load_policy(folder, dtype)
+            cut.append(all(hasattr(p, "ds_tensor") for p in model.parameters()))
+            return model
+
+        engine.load_policy = watched
         self.steps("adapter_checkpointing", cfg, 1)
+        engine.load_policy = load_policy
+        self.results["sharded_load", 3]["by_learner"] = cut
 
     def others(self) -> None:
         for trainable in (Trainable.language_and_adapter, Trainable.adapter_and_vision):

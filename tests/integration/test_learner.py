@@ -133,6 +133,7 @@ def test_under_zero_3_a_rank_holds_its_share_from_the_start(results: Any) -> Non
     for rank in (0, 1):
         run = results[2, rank]["sharded_load", 3]
         assert run["whole"] > 1_000_000 and run["held"] == pytest.approx(run["whole"] / 2, rel=0.01)
+        assert run["by_learner"] == [True, True]  # the policy and the reference
         assert run["types"] == {"torch.bfloat16"}
         # In 16 bits the frequencies of rotary positions would be wrong by turns far along.
         assert run["buffers"].keys() == run["plain_buffers"].keys()
