@@ -1,7 +1,7 @@
 """How often a risk-controlled threshold is too low, and how often it finds nothing: a simulation with a known truth.
 
 ``python benchmarks/risk_control.py`` draws calibration windows whose risk P(bad | score) is known, runs the search of
-``skyrl.algorithms.thresholds.risk_controlled`` with the default target and confidence, and prints for each case the
+``skyrl.batch.thresholds.risk_controlled`` with the default target and confidence, and prints for each case the
 share of windows
 
 * with a threshold whose true risk is above the target (allowed: 1 - confidence),
@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from skyrl.algorithms.thresholds import risk_controlled
-from skyrl.config import ThresholdConfig
-from skyrl.config.ranges import RISK_STARTS
+from skyrl.batch.thresholds import risk_controlled
+from skyrl.settings import ThresholdConfig
+from skyrl.settings.ranges import RISK_STARTS
 
 Risk = Callable[[np.ndarray], np.ndarray]
 GROUP = 8

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.buffer.ssb import SelectiveSampleBuffer
-from skyrl.config import BufferConfig, Eviction, Unit
-from skyrl.types import Prompt, Sample, SampleGroup
+from skyrl.records import Prompt, Sample, SampleGroup
+from skyrl.replay.ssb import SelectiveSampleBuffer
+from skyrl.settings import BufferConfig, Eviction, Unit
 
 BATCH = 256
 GROUP = 8

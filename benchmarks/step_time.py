@@ -55,7 +55,7 @@ def main() -> None:
 
 def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
     """Whole steps first, then each bare part in a process of its own."""
-    from skyrl.actors.placement import COMMON_ENVIRONMENT
+    from skyrl.crew.placement import COMMON_ENVIRONMENT
 
     records = whole_steps(work, steps)
     result = {"step": _median(record["time/step"] for record in records[warm_up:])}
@@ -75,7 +75,7 @@ def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
 
 def config() -> Any:
     """The embedded default with 32 prompts, quiet."""
-    from skyrl.config import Config, WandbMode
+    from skyrl.settings import Config, WandbMode
 
     cfg = Config(name="benchmark")
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt = PROMPTS, SAMPLES
@@ -91,9 +91,9 @@ def whole_steps(work: Path, steps: int) -> list[dict[str, float]]:
     """Metrics of each step of the real loop; leaves the requests and train batches in ``work``."""
     import ray
 
-    from skyrl.actors.system import ray_session, start_system
-    from skyrl.controller import Controller
+    from skyrl.crew.system import ray_session, start_system
     from skyrl.data.stream import PromptStream
+    from skyrl.loop import Controller
     from skyrl.run import model_folders
 
     cfg = config()
@@ -155,7 +155,7 @@ def bare_generate(work: Path) -> list[float]:
     cfg = config()
     os.environ.update(rollout_environment(cfg.rollout, os.cpu_count() or 1))
     from skyrl.data.datasets import build_datasets
-    from skyrl.rollout.engine import VllmRolloutEngine
+    from skyrl.rollout.vllm_engine import VllmRolloutEngine
 
     policy, requests, _ = pickle.loads((work / "recorded.pkl").read_bytes())
     engine = VllmRolloutEngine(cfg, policy, build_datasets(cfg.data))
@@ -178,9 +178,9 @@ def bare_forward_backward(work: Path, distinct: bool = False) -> list[float]:
     """
     import torch
 
-    from skyrl.data.encode import PromptEncoder
-    from skyrl.data.packing import distinct_rows, plan_micro_batches
-    from skyrl.models.policy import PolicyModule, load_policy
+    from skyrl.policy.encode import PromptEncoder
+    from skyrl.policy.module import PolicyModule, load_policy
+    from skyrl.policy.packing import distinct_rows, plan_micro_batches
 
     torch.set_num_threads(os.cpu_count() or 1)
     policy, _, batches = pickle.loads((work / "recorded.pkl").read_bytes())

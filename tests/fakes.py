@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.types import Prompt, RolloutRequest, Sample, SampleGroup, SyncError
+from skyrl.records import Prompt, RolloutRequest, Sample, SampleGroup, SyncError
 
 
 class Log:

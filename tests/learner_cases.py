@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from skyrl.config import Config, Trainable
-from skyrl.data.encode import PromptEncoder
-from skyrl.data.scenes import DigitScenes
-from skyrl.types import PreferencePair, Prompt, Sample, SampleGroup, SkyrlError, TrainBatch, TrainItem
+from skyrl.digits.scenes import DigitScenes
+from skyrl.policy.encode import PromptEncoder
+from skyrl.records import PreferencePair, Prompt, Sample, SampleGroup, SkyrlError, TrainBatch, TrainItem
+from skyrl.settings import Config, Trainable
 
 STAGES = (0, 1, 2, 3)
 SMALL, LARGE = 150, 100_000
@@ -48,7 +48,7 @@ def tiny_model() -> tuple[Any, Any]:
     are not tiny."""
     from transformers import Idefics3ForConditionalGeneration
 
-    from skyrl.models.digits_architecture import build_config, build_processor
+    from skyrl.digits.architecture import build_config, build_processor
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ class Cases:
         self.make: Callable[[Config], Any] = lambda cfg: DeepSpeedLearner(cfg, policy, rank, world_size)
 
     def weights(self, learner: Any) -> dict[str, np.ndarray] | None:
-        from skyrl.models.snapshot import parameters_of
+        from skyrl.sync.snapshot import parameters_of
 
         snapshot = learner.snapshot(1)
         return None if snapshot is None else {name: p.numpy().copy() for name, p in parameters_of(snapshot)}
@@ -246,7 +246,7 @@ class Cases:
         from skyrl.learner import engine
         from skyrl.learner.deepspeed_config import deepspeed_config
         from skyrl.learner.sharded_loading import sharded_loading
-        from skyrl.models.policy import load_policy
+        from skyrl.policy.module import load_policy
 
         cfg = settings(3, self.world_size)
         with sharded_loading(deepspeed_config(cfg.learner, "bfloat16")):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from learner_cases import Cases, groups_of, make_batch, run_cases, settings
 
-from skyrl.config import Config, DeltaKind, Stage
+from skyrl.settings import Config, DeltaKind, Stage
 
 
 def refreshing(stage: int, world_size: int) -> Config:

@@ -1,6 +1,6 @@
 """A learner step written again from its equations, in float64: one row at a time, no padding, no packing, no ranks.
 
-It shares nothing with ``skyrl.learner``, ``skyrl.algorithms`` or ``skyrl.models``; the model is transformers' own.
+It shares nothing with ``skyrl.learner``, ``skyrl.objective`` or ``skyrl.policy``; the model is transformers' own.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from skyrl.config import Config
-from skyrl.data.encode import PromptEncoder
-from skyrl.types import TrainBatch, TrainItem
+from skyrl.policy.encode import PromptEncoder
+from skyrl.records import TrainBatch, TrainItem
+from skyrl.settings import Config
 
 
 def load(folder: str, weights: Mapping[str, np.ndarray] | None = None) -> Any:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import Idefics3ForConditionalGeneration
 
-from skyrl.data.encode import PromptEncoder
-from skyrl.data.scenes import SCENE_PIXELS
-from skyrl.models.digits_architecture import build_config, build_processor
-from skyrl.types import Prompt
+from skyrl.digits.architecture import build_config, build_processor
+from skyrl.digits.scenes import SCENE_PIXELS
+from skyrl.policy.encode import PromptEncoder
+from skyrl.records import Prompt
 
 SHADES = (0, 51, 255)
 """Grey values of :func:`picture`; the processor maps 0 … 255 linearly to -1 … 1, so these become -1, -0.6 and 1."""

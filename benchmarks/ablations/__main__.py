@@ -154,8 +154,8 @@ class Grid:
 
 def build_models(job: Job) -> None:
     """Build or find the embedded models before the workers want them at the same time."""
+    from skyrl.digits.embedded import embedded_models
     from skyrl.launch import compose_config
-    from skyrl.models.embedded import embedded_models
 
     embedded_models(compose_config(job.overrides()).model)
 

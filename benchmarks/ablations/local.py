@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from skyrl.actors.workers import BufferActor, LearnerActor, RewardActor, RolloutActor
-from skyrl.config import Config
-from skyrl.controller import Pools
+from skyrl.crew.workers import BufferActor, LearnerActor, RewardActor, RolloutActor
 from skyrl.interfaces import Metrics
-from skyrl.types import RolloutRequest, SampleGroup, SyncError
+from skyrl.loop import Pools
+from skyrl.records import RolloutRequest, SampleGroup, SyncError
+from skyrl.settings import Config
 
 Groups = list[SampleGroup]
 GAP_LIMIT = 1e-4

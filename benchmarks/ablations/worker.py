@@ -31,9 +31,9 @@ EVALUATION_METRICS = ("eval/",)
 
 def prepare_environment() -> None:
     """One thread for everything: two workers fill two cores better than one worker with two threads."""
-    from skyrl.actors.placement import COMMON_ENVIRONMENT
-    from skyrl.config import RolloutConfig
+    from skyrl.crew.placement import COMMON_ENVIRONMENT
     from skyrl.rollout.environment import rollout_environment
+    from skyrl.settings import RolloutConfig
 
     environment = COMMON_ENVIRONMENT | rollout_environment(RolloutConfig(), 1) | {"DS_ACCELERATOR": "cpu"}
     os.environ.update(environment)
@@ -47,12 +47,12 @@ class Worker:
 
     def run(self, job: Job, commit: str) -> Row:
         from benchmarks.ablations.local import local_pools
-        from skyrl.actors.workers import RolloutActor
-        from skyrl.controller import Controller
+        from skyrl.crew.workers import RolloutActor
         from skyrl.data.stream import PromptStream
         from skyrl.launch import compose_config
+        from skyrl.loop import Controller
         from skyrl.run import model_folders
-        from skyrl.validation import validate
+        from skyrl.settings.validation import validate
 
         cfg = compose_config(job.overrides())
         validate(cfg)

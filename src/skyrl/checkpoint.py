@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from skyrl.types import SkyrlError
+from skyrl.records import SkyrlError
 
 logger = logging.getLogger(__name__)
 MANIFEST = "COMPLETE.json"

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from skyrl.config import Config
-from skyrl.controller import Pools
 from skyrl.interfaces import Handle
 from skyrl.launch import compose_config
+from skyrl.loop import Pools
 from skyrl.monitoring.console import percent
-from skyrl.types import ConfigError, RolloutRequest, SampleGroup, SkyrlError
-from skyrl.validation import validate
+from skyrl.records import ConfigError, RolloutRequest, SampleGroup, SkyrlError
+from skyrl.settings import Config
+from skyrl.settings.validation import validate
 
 if TYPE_CHECKING:
     from skyrl.data.pool import PoolRow
@@ -99,8 +99,8 @@ def filter_prompts(cfg: Config, console: Console) -> Path:
     """
     import ray
 
-    from skyrl.actors.pools import fetch
-    from skyrl.actors.system import ray_session, start_system
+    from skyrl.crew.pools import fetch
+    from skyrl.crew.system import ray_session, start_system
     from skyrl.data.pool import write_pool
     from skyrl.run import model_folders
 

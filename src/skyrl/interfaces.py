@@ -3,7 +3,7 @@
 Two layers. *Parts* are plain classes that do the work in one process (vLLM, verifiers, buffer, DeepSpeed);
 they know nothing of Ray. *Pools* are what the controller talks to: they spread a call over the actors that
 hold the parts and return opaque handles, so that the controller moves references, never tensors or pictures.
-``actors/pools.py`` implements the pools with Ray; the tests implement them with parts in the same process.
+``crew/pools.py`` implements the pools with Ray; the tests implement them with parts in the same process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from skyrl.types import Prompt, RolloutRequest, Sample, SampleGroup, TrainBatch, WeightSnapshot
+from skyrl.records import Prompt, RolloutRequest, Sample, SampleGroup, TrainBatch, WeightSnapshot
 
 Handle = Any
 """A promise of a value somewhere in the cluster (a Ray ObjectRef; in tests the value itself)."""
@@ -125,7 +125,7 @@ class RewardPool(Protocol):
         self, groups: list[Handle], blind: list[Handle], gallery: list[dict[str, Any]] | None
     ) -> tuple[Metrics, list[dict[str, Any]]]:
         """Metrics of evaluated groups (``blind``: some of them asked again without the picture) and the report's
-        gallery; see ``skyrl.evaluation.summarise``."""
+        gallery; see ``skyrl.evaluation.summary.summarise``."""
         ...
 
 

@@ -1,6 +1,6 @@
 """``python -m skyrl.launch``: from the command line to a finished run.
 
-Hydra composes the settings, they become one typed :class:`skyrl.config.Config`, and only after it is found valid
+Hydra composes the settings, they become one typed :class:`skyrl.settings.Config`, and only after it is found valid
 are Ray and the libraries behind it imported. So a mistake in a setting is reported within seconds.
 """
 
@@ -23,9 +23,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from skyrl.config import Config
-from skyrl.types import ConfigError, SkyrlError
-from skyrl.validation import validate
+from skyrl.records import ConfigError, SkyrlError
+from skyrl.settings import Config
+from skyrl.settings.validation import validate
 
 INSTALLED_CONF = Path(__file__).parent / "conf"
 CONF = INSTALLED_CONF if INSTALLED_CONF.is_dir() else Path(__file__).parents[2] / "conf"

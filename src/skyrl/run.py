@@ -12,19 +12,19 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from skyrl.actors.gauges import RayGaugeSink
-from skyrl.actors.system import ray_session, start_system
 from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, read_state
-from skyrl.config import Config, DataConfig, WandbMode
-from skyrl.controller import Controller
+from skyrl.crew.system import ray_session, start_system
 from skyrl.data.stream import PromptStream
+from skyrl.digits.embedded import embedded_models
 from skyrl.interfaces import MetricSink
-from skyrl.models.embedded import embedded_models
+from skyrl.loop import Controller
+from skyrl.monitoring.gauges import RayGaugeSink
 from skyrl.monitoring.records import jsonable, read_json, read_metrics, write_json
 from skyrl.monitoring.report import write_report
 from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
 from skyrl.monitoring.summary import print_summary, write_summary
-from skyrl.types import DataError, SkyrlError
+from skyrl.records import DataError, SkyrlError
+from skyrl.settings import Config, DataConfig, WandbMode
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.config import Config, ModelConfig, WandbMode
+from skyrl.settings import Config, ModelConfig, WandbMode
 
 TINY = {"warm_start_steps": 60, "reward_body_steps": 10, "reward_steps": 4}
 
@@ -15,7 +15,7 @@ TINY = {"warm_start_steps": 60, "reward_body_steps": 10, "reward_steps": 4}
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder of embedded models that were trained for seconds only."""
-    from skyrl.models.embedded import embedded_models
+    from skyrl.digits.embedded import embedded_models
 
     folder = tmp_path_factory.mktemp("models")
     embedded_models(ModelConfig(cache_dir=str(folder), **TINY))

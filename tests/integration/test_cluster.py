@@ -11,12 +11,12 @@ import ray
 from fakes import ListSink
 from ray.cluster_utils import Cluster
 
-from skyrl.actors.system import ray_session, start_system
-from skyrl.config import Config
-from skyrl.controller import Controller
+from skyrl.crew.system import ray_session, start_system
 from skyrl.data.stream import PromptStream
+from skyrl.loop import Controller
+from skyrl.records import ConfigError
 from skyrl.run import model_folders
-from skyrl.types import ConfigError
+from skyrl.settings import Config
 
 pytestmark = pytest.mark.integration
 

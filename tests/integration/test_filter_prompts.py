@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from skyrl.config import Config
 from skyrl.data.datasets import build_datasets
 from skyrl.data.pool import pool_metadata, pool_rows
 from skyrl.filter_prompts import filter_prompts
-from skyrl.types import DataError
+from skyrl.records import DataError
+from skyrl.settings import Config
 
 pytestmark = pytest.mark.integration
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import ray
 
-from skyrl.actors.gpu_sync import RolloutControl
-from skyrl.actors.placement import Placement, check_resources
-from skyrl.actors.pools import RayWeightSyncer
-from skyrl.config import Config, WeightSync
-from skyrl.types import ConfigError, SkyrlError, SyncError
+from skyrl.crew.placement import Placement, check_resources
+from skyrl.crew.pools import RayWeightSyncer
+from skyrl.records import ConfigError, SkyrlError, SyncError
+from skyrl.settings import Config, WeightSync
+from skyrl.sync.gpu_control import RolloutControl
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,7 +138,7 @@ def test_memory_handles_travel_in_the_field_that_vllm_unpickles() -> None:
 def syncer(
     monkeypatch: pytest.MonkeyPatch, *seconds: float, failure: str | None = None, timeout: float = 30.0
 ) -> RayWeightSyncer:
-    monkeypatch.setattr("skyrl.actors.pools.POLL_SECONDS", 0.2)
+    monkeypatch.setattr("skyrl.crew.pools.POLL_SECONDS", 0.2)
     cfg = ipc()
     cfg.controller.timeout = timeout
     learners = [ray.remote(Learner).options(num_cpus=0.1).remote(one) for one in seconds]

@@ -79,9 +79,9 @@ def _exported_policy_serves(folder: Path) -> None:
     """The exported folder loads in transformers and is itself a legal ``model.policy``."""
     import torch
 
-    from skyrl.data.encode import PromptEncoder
-    from skyrl.data.scenes import DigitScenes
-    from skyrl.models.policy import load_policy
+    from skyrl.digits.scenes import DigitScenes
+    from skyrl.policy.encode import PromptEncoder
+    from skyrl.policy.module import load_policy
 
     model, encoder = load_policy(str(folder), "float32"), PromptEncoder.from_pretrained(str(folder))
     prompt, answer = DigitScenes("eval", 4, 0.0, 0).with_reasoning(0)

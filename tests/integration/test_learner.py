@@ -16,13 +16,13 @@ import torch
 from learner_cases import SMALL, STAGES, build_policy, make_batch, settings
 from learner_runs import distance, gradient_error, run_all
 
-from skyrl.config import Config
-from skyrl.data.encode import PromptEncoder
-from skyrl.data.packing import plan_micro_batches
 from skyrl.data.pictures import mask_picture
-from skyrl.models.freezing import module_of
-from skyrl.models.policy import load_policy
 from skyrl.monitoring.metrics import check_names
+from skyrl.policy.encode import PromptEncoder
+from skyrl.policy.freezing import module_of
+from skyrl.policy.module import load_policy
+from skyrl.policy.packing import plan_micro_batches
+from skyrl.settings import Config
 
 pytestmark = pytest.mark.integration
 RUNS = [(1, stage) for stage in STAGES] + [(2, stage) for stage in STAGES]

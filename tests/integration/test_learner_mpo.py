@@ -13,7 +13,7 @@ from learner_cases import build_policy, make_batch
 from learner_mpo_cases import refreshing, without_reference
 from learner_runs import distance, gradient_error, run_all
 
-from skyrl.data.encode import PromptEncoder
+from skyrl.policy.encode import PromptEncoder
 
 pytestmark = pytest.mark.integration
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.config import Config, Stage
 from skyrl.data.preference_pairs import TextPair, write_pairs
-from skyrl.data.scenes import DigitScenes
+from skyrl.digits.scenes import DigitScenes
 from skyrl.run import run
+from skyrl.settings import Config, Stage
 
 pytestmark = pytest.mark.integration
 

@@ -10,11 +10,11 @@ import pytest
 import ray
 from fakes import ListSink
 
-from skyrl.actors.system import ray_session, start_system
-from skyrl.config import Config
-from skyrl.controller import Controller
+from skyrl.crew.system import ray_session, start_system
 from skyrl.data.stream import PromptStream
+from skyrl.loop import Controller
 from skyrl.run import model_folders
+from skyrl.settings import Config
 
 pytestmark = pytest.mark.integration
 

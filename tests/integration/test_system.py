@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import ray
 
-from skyrl.actors.pools import RayWeightSyncer
-from skyrl.actors.system import System, ray_session, start_system
-from skyrl.config import Config
-from skyrl.data.encode import PromptEncoder
+from skyrl.crew.pools import RayWeightSyncer
+from skyrl.crew.system import System, ray_session, start_system
+from skyrl.policy.encode import PromptEncoder
+from skyrl.records import RolloutRequest, SampleGroup, SyncError
 from skyrl.run import model_folders
-from skyrl.types import RolloutRequest, SampleGroup, SyncError
+from skyrl.settings import Config
 
 pytestmark = pytest.mark.integration
 

@@ -23,7 +23,7 @@ from benchmarks.ablations.figures import (
 from benchmarks.ablations.grid import METHODS, TABLES, VARIANTS, Job, jobs
 from benchmarks.ablations.report import shown, write_report
 from skyrl.launch import compose_config
-from skyrl.validation import validate
+from skyrl.settings.validation import validate
 
 ACCURACY = final("eval/accuracy")
 

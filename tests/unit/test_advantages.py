@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from skyrl.algorithms.advantages import effective_share, expected_effective_share, group_advantages
-from skyrl.config import Std
+from skyrl.rewards.advantages import effective_share, expected_effective_share, group_advantages
+from skyrl.settings import Std
 
 ONE_RIGHT = np.array([1, 0, 0, 0, 0, 0, 0, 0])
 groups = st.lists(st.floats(-10, 10, allow_nan=False), min_size=2, max_size=12).map(np.array)

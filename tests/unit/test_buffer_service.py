@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from skyrl.buffer.service import BufferService
-from skyrl.config import (
+from skyrl.batch.batcher import BufferService
+from skyrl.records import DataError, PreferencePair, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.settings import (
     AlgorithmConfig,
     BufferConfig,
     GrpoConfig,
@@ -18,7 +19,6 @@ from skyrl.config import (
     ThresholdConfig,
     ThresholdKind,
 )
-from skyrl.types import DataError, PreferencePair, Prompt, RewardParts, Sample, SampleGroup
 
 RIGHT_3_OF_8 = [1.0, 1.0, 1.0, -0.6, -0.6, -0.6, -0.6, -0.6]
 
@@ -343,5 +343,5 @@ def test_a_resumed_service_makes_the_same_batches():
 
 
 def test_the_buffer_needs_no_torch():
-    code = "import skyrl.buffer.service, sys; assert not {'torch', 'ray', 'vllm'} & set(sys.modules)"
+    code = "import skyrl.batch.batcher, sys; assert not {'torch', 'ray', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from skyrl.checkpoint import Checkpoints, check_settings, find_checkpoint, read_state, verify
-from skyrl.config import Config
 from skyrl.monitoring.records import jsonable
-from skyrl.types import SkyrlError
+from skyrl.records import SkyrlError
+from skyrl.settings import Config
 
 
 def write(run: Path, step: int, keep: int = 2) -> Path:

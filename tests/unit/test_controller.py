@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from fakes import FakeBuffer, FakeLearner, FakeReward, FakeRollout, FakeSyncer, ListSink, Log
 
-from skyrl.config import Config, PairSource, Stage
-from skyrl.controller import Controller, Pools
 from skyrl.data.stream import PromptStream
-from skyrl.types import SyncError
+from skyrl.loop import Controller, Pools
+from skyrl.records import SyncError
+from skyrl.settings import Config, PairSource, Stage
 
 
 def config(steps: int = 3, evaluate: int = 0, save: int = 0) -> Config:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.config import DataConfig
 from skyrl.data.datasets import build_datasets
 from skyrl.data.parquet import write_parquet
-from skyrl.data.scenes import DigitScenes
-from skyrl.types import DataError, Prompt
+from skyrl.digits.scenes import DigitScenes
+from skyrl.records import DataError, Prompt
+from skyrl.settings import DataConfig
 
 
 def text(name: str) -> Prompt:

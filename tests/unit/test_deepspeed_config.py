@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from skyrl.config import LearnerConfig, Schedule
 from skyrl.learner.deepspeed_config import deepspeed_config, learning_rate
+from skyrl.settings import LearnerConfig, Schedule
 
 
 def test_every_knob_arrives() -> None:

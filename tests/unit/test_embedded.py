@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from skyrl.config import ModelConfig
-from skyrl.models import embedded
-from skyrl.models.embedded import DONE, RECIPE_FILES, cache_folder, embedded_models, recipe
+from skyrl.digits import embedded
+from skyrl.digits.embedded import DONE, RECIPE_FILES, cache_folder, embedded_models, recipe
+from skyrl.settings import ModelConfig
 
 SOURCE = '''"""What it does."""
 

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from tiny_models import SHADES, answer_ids, encoder, noise, picture, processor, prompt, random_model
 
-from skyrl.data import encode
-from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.models.digits_architecture import (
+from skyrl.digits.architecture import (
     CHAT_TEMPLATE,
     IMAGE_TOKENS,
     SPECIAL,
     TAGS,
     build_tokenizer,
 )
-from skyrl.types import ConfigError, DataError, Prompt
+from skyrl.policy import encode
+from skyrl.policy.encode import EncodedBatch, PromptEncoder
+from skyrl.records import ConfigError, DataError, Prompt
 
 ANSWER = "<think>I see 31/41. 3+1=4.</think><answer>9</answer>"
 EOS = "<end_of_utterance>"

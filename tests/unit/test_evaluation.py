@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from skyrl.config import HallucinationConfig
-from skyrl.evaluation import evaluation_metrics, summarise
+from skyrl.evaluation.monitors import build_monitors
+from skyrl.evaluation.summary import evaluation_metrics, summarise
 from skyrl.monitoring.metrics import check_names
-from skyrl.monitoring.monitors import build_monitors
-from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.settings import HallucinationConfig
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 MONITORS = build_monitors(HallucinationConfig(), None)

@@ -7,9 +7,9 @@ import torch
 from learner_cases import tiny_model
 from torch import nn
 
-from skyrl.config import Trainable
-from skyrl.models.freezing import freeze, module_of
-from skyrl.types import ConfigError
+from skyrl.policy.freezing import freeze, module_of
+from skyrl.records import ConfigError
+from skyrl.settings import Trainable
 
 
 @pytest.fixture(scope="module")

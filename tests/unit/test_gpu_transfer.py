@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skyrl.config import Config, WeightSync
 from skyrl.rollout.environment import rollout_environment
+from skyrl.settings import Config, WeightSync
 
 
 @pytest.mark.parametrize("sync", list(WeightSync))
@@ -18,7 +18,7 @@ def test_only_ipc_lets_the_engine_core_unpickle(sync: WeightSync) -> None:
 
 
 def test_a_parameter_of_the_layout_is_what_vllm_is_told() -> None:
-    from skyrl.rollout.gpu_transfer import LearnerSource
+    from skyrl.sync.gpu_transfer import LearnerSource
 
     weight = torch.zeros(2, 3, dtype=torch.bfloat16)
     source = LearnerSource(lambda: iter([("w", weight)]), [("w", torch.bfloat16, (2, 3))])
@@ -29,7 +29,7 @@ def test_a_parameter_of_the_layout_is_what_vllm_is_told() -> None:
 
 @pytest.mark.parametrize(("rows", "buffer"), [(10, 2**30), (2**20, 2**31)])
 def test_the_ipc_buffer_holds_the_largest_parameter(rows: int, buffer: int) -> None:
-    from skyrl.rollout.gpu_transfer import _init_info
+    from skyrl.sync.gpu_transfer import _init_info
 
     cfg = Config()
     cfg.rollout.weight_sync = WeightSync.ipc
@@ -39,7 +39,7 @@ def test_the_ipc_buffer_holds_the_largest_parameter(rows: int, buffer: int) -> N
 
 
 def test_the_nccl_group_has_the_sender_and_every_gpu_of_every_engine() -> None:
-    from skyrl.rollout.gpu_transfer import _init_info
+    from skyrl.sync.gpu_transfer import _init_info
 
     cfg = Config()
     cfg.rollout.weight_sync, cfg.rollout.num_workers, cfg.rollout.tensor_parallel_size = WeightSync.nccl, 3, 4

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_models import answer_ids, encoder, noise, processor, prompt, random_model
 
-from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.models import group_scorer
-from skyrl.models.digits_architecture import build_processor
-from skyrl.models.group_scorer import GroupScorer
-from skyrl.models.reward_model import RewardModel
-from skyrl.types import DataError, Prompt, Sample, SampleGroup
+from skyrl.digits.architecture import build_processor
+from skyrl.policy.encode import EncodedBatch, PromptEncoder
+from skyrl.records import DataError, Prompt, Sample, SampleGroup
+from skyrl.rewards import group_scorer
+from skyrl.rewards.group_scorer import GroupScorer
+from skyrl.rewards.reward_model import RewardModel
 
 READS = "<think>I see 31/41. 3+1=4, 4+4=8, 8+1=9.</think><answer>9</answer>"
 LARGEST = "<think>Largest is 5.</think><answer>5</answer>"

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from skyrl.algorithms.grpo import grpo_loss, step_denominator
-from skyrl.algorithms.kl import kl_k1, kl_k2, kl_k3
-from skyrl.algorithms.objective import merge_stats
-from skyrl.config import Aggregation, GrpoConfig, Surrogate
+from skyrl.objective.grpo import grpo_loss, step_denominator
+from skyrl.objective.hybrid import merge_stats
+from skyrl.objective.kl import kl_k1, kl_k2, kl_k3
+from skyrl.settings import Aggregation, GrpoConfig, Surrogate
 
 
 def tensor(*values):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl.algorithms.grpo import grpo_loss, step_denominator
-from skyrl.algorithms.objective import merge_stats
-from skyrl.config import Aggregation, GrpoConfig, KlEstimator, KlPlace, Mismatch, Ratio, Surrogate
+from skyrl.objective.grpo import grpo_loss, step_denominator
+from skyrl.objective.hybrid import merge_stats
+from skyrl.settings import Aggregation, GrpoConfig, KlEstimator, KlPlace, Mismatch, Ratio, Surrogate
 
 LENGTHS = (1, 4, 3, 6, 2)
 WEIGHTS = (1.0, 0.5, 0.0, 1.7, 1.0)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.algorithms import hallucination
-from skyrl.algorithms.hallucination import Claim, check_claims, hallucination_rates, register_checker
-from skyrl.types import DataError
+from skyrl.records import DataError
+from skyrl.rewards import claims as hallucination
+from skyrl.rewards.claims import Claim, check_claims, hallucination_rates, register_checker
 
 FACTS = {"grid": [[3, 1], [4, 1]]}
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.config import RewardConfig, Squash
+from skyrl.records import ConfigError, DataError
 from skyrl.rewards.hybrid import hybrid_reward, squash
-from skyrl.types import ConfigError, DataError
+from skyrl.settings import RewardConfig, Squash
 
 SCORES = np.array([-2.0, 0.0, 4.0], dtype=np.float32)
 RULE, FORMAT = np.array([1.0, 0.0, 0.5]), np.array([1.0, 1.0, 0.0])

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from skyrl.algorithms.grpo import grpo_loss
-from skyrl.algorithms.kl import ESTIMATORS
-from skyrl.config import GrpoConfig, KlEstimator, KlPlace
+from skyrl.objective.grpo import grpo_loss
+from skyrl.objective.kl import ESTIMATORS
+from skyrl.settings import GrpoConfig, KlEstimator, KlPlace
 
 
 @pytest.mark.parametrize(

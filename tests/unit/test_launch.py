@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from skyrl.config import Config, Squash, Trainable
 from skyrl.launch import CONF, _resume_command, compose_config
-from skyrl.types import ConfigError
-from skyrl.validation import validate
+from skyrl.records import ConfigError
+from skyrl.settings import Config, Squash, Trainable
+from skyrl.settings.validation import validate
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl.algorithms.objective import finalise, merge_stats
-from skyrl.config import Aggregation, AlgorithmConfig, GrpoConfig, KlPlace, Mismatch, MpoConfig, Ratio, Stage
 from skyrl.learner.losses import micro_loss, pair_sums, pairs_in, reduce_stats
-from skyrl.types import PreferencePair, Prompt, Sample, SkyrlError, TrainBatch, TrainItem
+from skyrl.objective.hybrid import finalise, merge_stats
+from skyrl.records import PreferencePair, Prompt, Sample, SkyrlError, TrainBatch, TrainItem
+from skyrl.settings import Aggregation, AlgorithmConfig, GrpoConfig, KlPlace, Mismatch, MpoConfig, Ratio, Stage
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl.config import AlgorithmConfig, MpoConfig, Stage
 from skyrl.learner.losses import micro_loss, pair_sums, unrecorded
-from skyrl.types import PreferencePair, Prompt, Sample, TrainBatch, TrainItem
+from skyrl.records import PreferencePair, Prompt, Sample, TrainBatch, TrainItem
+from skyrl.settings import AlgorithmConfig, MpoConfig, Stage
 
 NAN = math.nan
 LOGPROBS = [-1.0, -2.0, -3.0, -0.5]

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from skyrl.algorithms import hallucination
-from skyrl.config import HallucinationConfig
-from skyrl.monitoring import monitors
-from skyrl.monitoring.monitors import blind_metrics, build_monitors, claims, gate_monitor, phrase_monitor
-from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.evaluation import monitors
+from skyrl.evaluation.monitors import blind_metrics, build_monitors, claims, gate_monitor, phrase_monitor
+from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.rewards import claims as hallucination
+from skyrl.settings import HallucinationConfig
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 

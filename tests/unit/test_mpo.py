@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from skyrl.algorithms.mpo import (
+from skyrl.objective.hybrid import merge_stats
+from skyrl.objective.mpo import (
     RunningDelta,
     compares_with_reference,
     implicit_reward_sum,
@@ -13,8 +14,7 @@ from skyrl.algorithms.mpo import (
     mpo_loss,
     uses_delta,
 )
-from skyrl.algorithms.objective import merge_stats
-from skyrl.config import DeltaKind, MpoConfig
+from skyrl.settings import DeltaKind, MpoConfig
 
 NO_NLL = (0.8, 0.2, 0.0)
 DEFAULT = (0.8, 0.2, 1.0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skyrl.algorithms.objective import combine, finalise, merge_stats
-from skyrl.config import Aggregation, AlgorithmConfig, Stage
-from skyrl.types import SkyrlError
+from skyrl.objective.hybrid import combine, finalise, merge_stats
+from skyrl.records import SkyrlError
+from skyrl.settings import Aggregation, AlgorithmConfig, Stage
 
 GRPO_SUMS = {
     "grpo_loss": 4.0,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.data.packing import ghost_row, plan_micro_batches
-from skyrl.types import PreferencePair, Prompt, Sample, TrainItem
+from skyrl.policy.packing import ghost_row, plan_micro_batches
+from skyrl.records import PreferencePair, Prompt, Sample, TrainItem
 
 
 @st.composite

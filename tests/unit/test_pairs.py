@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.algorithms.pairs import NO_THRESHOLD, reward_margin_pairs, rule_pairs
+from skyrl.batch.pairs import NO_THRESHOLD, reward_margin_pairs, rule_pairs
 
 
 def pairs(scores, threshold=1.0, count=4, valid=None):

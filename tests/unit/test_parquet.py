@@ -16,8 +16,8 @@ from PIL import Image
 
 from skyrl.data import parquet_table
 from skyrl.data.parquet import ParquetPrompts, main, write_parquet
-from skyrl.data.scenes import DigitScenes
-from skyrl.types import DataError, Prompt
+from skyrl.digits.scenes import DigitScenes
+from skyrl.records import DataError, Prompt
 
 RED = np.full((2, 3, 3), (255, 0, 0), dtype=np.uint8)
 ROW: dict[str, Any] = {"question": "1+1?", "answer": "2", "verifier": "numeric"}

@@ -9,13 +9,13 @@ import pytest
 import tiny_models
 import torch
 
-from skyrl.config import AlgorithmConfig, HallucinationConfig, Stage
-from skyrl.data.encode import EncodedBatch
 from skyrl.data.pictures import mask_picture
+from skyrl.evaluation.picture_drop import masked_group, picture_drop_metrics, probed_groups
 from skyrl.learner.passes import Rows, Share, distinct_share, pair_members, score_groups, score_share
-from skyrl.learner.probe import masked_group, picture_drop_metrics, probed_groups
-from skyrl.models.policy import PolicyModule
-from skyrl.types import PreferencePair, Prompt, Sample, SampleGroup, TrainBatch, TrainItem
+from skyrl.policy.encode import EncodedBatch
+from skyrl.policy.module import PolicyModule
+from skyrl.records import PreferencePair, Prompt, Sample, SampleGroup, TrainBatch, TrainItem
+from skyrl.settings import AlgorithmConfig, HallucinationConfig, Stage
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ import torch
 from learner_cases import make_batch, tiny_model
 from learner_oracle import answer_logprobs
 
-from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.models.policy import PolicyModule, load_policy
-from skyrl.types import ConfigError, TrainItem
+from skyrl.policy.encode import EncodedBatch, PromptEncoder
+from skyrl.policy.module import PolicyModule, load_policy
+from skyrl.records import ConfigError, TrainItem
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from skyrl.config import Config, DataConfig
-from skyrl.config.ranges import PICTURE_KINDS
-from skyrl.controller import Pools
 from skyrl.data import pool
 from skyrl.data.parquet import ParquetPrompts, write_parquet
 from skyrl.data.pool import PoolRow, pool_metadata, pool_rows, write_pool
-from skyrl.data.scenes import DigitScenes
+from skyrl.digits.scenes import DigitScenes
 from skyrl.filter_prompts import IN_FLIGHT, STEP, print_summary, roll_out
-from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.loop import Pools
+from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.settings import Config, DataConfig
+from skyrl.settings.ranges import PICTURE_KINDS
 from tests.fakes import FakeReward, FakeRollout, Log
 
 RATES = (0.0, 0.25, None, 1.0, 0.5, 0.75, 1.0)

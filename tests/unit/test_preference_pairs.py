@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from skyrl.buffer.offline import OfflinePairs
-from skyrl.buffer.service import BufferService
-from skyrl.config import AlgorithmConfig, BufferConfig, DataConfig, RolloutConfig
+from skyrl.batch.batcher import BufferService
+from skyrl.batch.offline import OfflinePairs
 from skyrl.data.preference_pairs import ParquetPairs, TextPair, main, write_pairs
-from skyrl.types import DataError, PreferencePair, Prompt, SkyrlError
+from skyrl.records import DataError, PreferencePair, Prompt, SkyrlError
+from skyrl.settings import AlgorithmConfig, BufferConfig, DataConfig, RolloutConfig
 from tests.tiny_models import answer_ids, encoder, noise, picture, processor
 
 GOOD, BAD = "<think>I see 31/41.</think><answer>9</answer>", "<think>I see 11/41.</think><answer>7</answer>"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skyrl.buffer.priorities import EvictionQueue, Recency, SumTree, _descend, draw_mixture
+from skyrl.replay.priorities import EvictionQueue, Recency, SumTree, _descend, draw_mixture
 
 
 def tree_of(weights):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from skyrl.algorithms import reductions
-from skyrl.algorithms.reductions import masked_mean, masked_sum, token_logprobs
+from skyrl.objective import reductions
+from skyrl.objective.reductions import masked_mean, masked_sum, token_logprobs
 
 
 def test_masked_sum_and_mean_ignore_what_is_masked():

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl.config import AlgorithmConfig, GrpoConfig, MpoConfig, Stage
 from skyrl.learner.reference import FILE, Reference, compared_items, needs_reference, refresh_due
-from skyrl.types import PreferencePair, Prompt, Sample, SkyrlError, TrainBatch, TrainItem
+from skyrl.records import PreferencePair, Prompt, Sample, SkyrlError, TrainBatch, TrainItem
+from skyrl.settings import AlgorithmConfig, GrpoConfig, MpoConfig, Stage
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.buffer.replay import importance_weights, replay_places, replay_weights
-from skyrl.buffer.ssb import SelectiveSampleBuffer
-from skyrl.config import BufferConfig, Unit
-from skyrl.types import Prompt, Sample, SampleGroup
+from skyrl.records import Prompt, Sample, SampleGroup
+from skyrl.replay.amount import importance_weights, replay_places, replay_weights
+from skyrl.replay.ssb import SelectiveSampleBuffer
+from skyrl.settings import BufferConfig, Unit
 
 ADVANTAGES = [2.0, -0.5, 1.0, -3.0, 0.1]
 CORRECTED = BufferConfig(importance_correction=True)

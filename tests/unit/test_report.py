@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skyrl.config import Config
 from skyrl.monitoring.gallery import FALSE_CLAIM, FIRST, RULE, add_after, gallery_entries, marked_text, picture_base64
 from skyrl.monitoring.records import read_metrics, write_json
 from skyrl.monitoring.report import smoothing_window, write_report
 from skyrl.monitoring.sinks import JsonlSink
 from skyrl.monitoring.summary import write_summary
 from skyrl.monitoring.svg import Series, line_chart, nice_ticks, running_mean
-from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.settings import Config
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 VOID = {"meta", "img"}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import answer_ids, encoder, noise, prompt, random_model
 
-from skyrl.models.reward_model import HEAD_FILE, LIKELIHOOD_SCALES, RewardModel
-from skyrl.types import Prompt, SkyrlError
+from skyrl.records import Prompt, SkyrlError
+from skyrl.rewards.reward_model import HEAD_FILE, LIKELIHOOD_SCALES, RewardModel
 
 Row = tuple[Prompt, np.ndarray, np.ndarray]
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_models import encoder, random_model
 
-from skyrl.data.scenes import DigitScenes
-from skyrl.models import reward_training
-from skyrl.models.reward_model import RewardModel
-from skyrl.models.reward_training import build_pairs, reasoning_errors, train_reward_model
-from skyrl.types import Prompt
+from skyrl.digits import reward_training
+from skyrl.digits.reward_training import build_pairs, reasoning_errors, train_reward_model
+from skyrl.digits.scenes import DigitScenes
+from skyrl.records import Prompt
+from skyrl.rewards.reward_model import RewardModel
 
 FAITHFUL = "<think>I see 31/41. Largest is 4.</think><answer>4</answer>"
 

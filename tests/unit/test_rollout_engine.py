@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skyrl.config import Config
+from skyrl.records import ConfigError, DataError, Prompt, RewardParts, RolloutRequest, Sample, SampleGroup
 from skyrl.rollout.sampling import MAX_BIASES, best_answer, forbidding_bias, sample_seed
-from skyrl.types import ConfigError, DataError, Prompt, RewardParts, RolloutRequest, Sample, SampleGroup
+from skyrl.settings import Config
 from tests.tiny_models import answer_ids, encoder, noise, processor, prompt
 
 EOS = processor().tokenizer.eos_token_id
@@ -39,7 +39,7 @@ class FakeLlm:
 
 def module() -> Any:
     """Imported by the tests and not with this file: vLLM takes seconds."""
-    from skyrl.rollout import engine
+    from skyrl.rollout import vllm_engine as engine
 
     return engine
 

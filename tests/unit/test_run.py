@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from skyrl.actors.system import ray_session
-from skyrl.config import Config
+from skyrl.crew.system import ray_session
+from skyrl.records import DataError, SkyrlError
 from skyrl.run import check_size
-from skyrl.types import DataError, SkyrlError
+from skyrl.settings import Config
 
 
 def test_a_step_never_asks_a_prompt_twice() -> None:

@@ -8,8 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from skyrl.algorithms.hallucination import check_claims
-from skyrl.data.scenes import (
+from skyrl.digits.scenes import (
     CARELESS_SHARE,
     DIGIT_PIXELS,
     GRID,
@@ -21,9 +20,10 @@ from skyrl.data.scenes import (
     digit_pool,
     solve,
 )
+from skyrl.records import DataError, Prompt
+from skyrl.rewards.claims import check_claims
 from skyrl.rewards.format import extract_answer, format_reward
 from skyrl.rewards.verifiers import get_verifier
-from skyrl.types import DataError, Prompt
 
 ROWS = 400
 SPLITS = ("train", "eval", "reward")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skyrl.config import RewardConfig, Squash, Std
+from skyrl.records import DataError, Prompt, Sample, SampleGroup, SkyrlError
 from skyrl.rewards.scorer import RewardScorer, refuse_all_failed, reward_metrics
-from skyrl.types import DataError, Prompt, Sample, SampleGroup, SkyrlError
+from skyrl.settings import RewardConfig, Squash, Std
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 PLAIN = RewardConfig(model_weight=1.0, format_weight=0.1, squash=Squash.none, verifier_timeout=0.5)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from skyrl.config import WandbMode
 from skyrl.monitoring.metrics import MetricError
 from skyrl.monitoring.records import jsonable, read_metrics
 from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
-from skyrl.types import ConfigError, DataError
+from skyrl.records import ConfigError, DataError
+from skyrl.settings import WandbMode
 
 STEP = {
     "reward/total": 0.712,

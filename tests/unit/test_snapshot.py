@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from skyrl.models.snapshot import ALIGNMENT, layout_of, parameters_of, take_snapshot
-from skyrl.types import SyncError, WeightSnapshot
+from skyrl.records import SyncError, WeightSnapshot
+from skyrl.sync.snapshot import ALIGNMENT, layout_of, parameters_of, take_snapshot
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:

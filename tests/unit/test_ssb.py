@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from skyrl.buffer.ssb import SelectiveSampleBuffer
-from skyrl.config import BufferConfig, Eviction, Unit
-from skyrl.types import Prompt, Sample, SampleGroup
+from skyrl.records import Prompt, Sample, SampleGroup
+from skyrl.replay.ssb import SelectiveSampleBuffer
+from skyrl.settings import BufferConfig, Eviction, Unit
 
 OPTIONS = [
     {},

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrl.data.stream import PromptStream
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 
 @given(size=st.integers(1, 30), seed=st.integers(0, 5), takes=st.lists(st.integers(0, 30), max_size=12))

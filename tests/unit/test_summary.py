@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from skyrl.config import Config
 from skyrl.monitoring.summary import print_summary, write_summary
+from skyrl.settings import Config
 
 HISTORY = [
     {"step": 0, "eval/accuracy": 0.4, "eval/hallucination": 0.3, "eval/accuracy/sum": 0.2, "eval/accuracy/[red]": 0.6},

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skyrl.algorithms.thresholds import Threshold, clopper_pearson_upper, risk_controlled, safest, strictest
-from skyrl.config import ThresholdConfig, ThresholdFallback, ThresholdKind
-from skyrl.config.ranges import fewest_candidates
-from skyrl.types import DataError
+from skyrl.batch.thresholds import Threshold, clopper_pearson_upper, risk_controlled, safest, strictest
+from skyrl.records import DataError
+from skyrl.settings import ThresholdConfig, ThresholdFallback, ThresholdKind
+from skyrl.settings.ranges import fewest_candidates
 
 TARGET, CONFIDENCE = 0.1, 0.9
 

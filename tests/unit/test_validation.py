@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.config import (
+from skyrl.records import ConfigError
+from skyrl.settings import (
     Config,
     GrpoFilter,
     LearnerConfig,
@@ -24,9 +25,8 @@ from skyrl.config import (
     Unit,
     WeightSync,
 )
-from skyrl.config.ranges import AT_LEAST_ONE, NOT_NEGATIVE, OPEN_SHARES, OPTIONAL_NOT_NEGATIVE, POSITIVE, SHARES
-from skyrl.types import ConfigError
-from skyrl.validation import MAY_BE_INFINITE, validate
+from skyrl.settings.ranges import AT_LEAST_ONE, NOT_NEGATIVE, OPEN_SHARES, OPTIONAL_NOT_NEGATIVE, POSITIVE, SHARES
+from skyrl.settings.validation import MAY_BE_INFINITE, validate
 
 
 def put(cfg: Config, key: str, value: object) -> Config:
@@ -425,7 +425,7 @@ def test_all_problems_come_at_once() -> None:
 
 def test_it_loads_no_heavy_library() -> None:
     code = (
-        "import sys, skyrl.config, skyrl.validation as v; v.validate(skyrl.config.Config()); "
+        "import sys, skyrl.settings, skyrl.settings.validation as v; v.validate(skyrl.settings.Config()); "
         "print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'deepspeed') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

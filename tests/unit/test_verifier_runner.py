@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from skyrl.records import DataError
 from skyrl.rewards.runner import VerifierRunner
-from skyrl.types import DataError
 
 HERE = str(Path(__file__).parent)
 

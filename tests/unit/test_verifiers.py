@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skyrl.records import DataError
 from skyrl.rewards import verifiers
 from skyrl.rewards.format import extract_answer, format_reward
 from skyrl.rewards.verifiers import get_verifier, register_verifier
 from skyrl.rewards.verifiers.choice import choice_verifier
 from skyrl.rewards.verifiers.exact import exact_verifier
 from skyrl.rewards.verifiers.numeric import numeric_verifier, parse_number
-from skyrl.types import DataError
 
 GOOD = "<think>3+1=4.</think><answer>4</answer>"
 

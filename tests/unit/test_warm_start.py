@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import answer_ids, encoder, noise, prompt, random_model
 
-from skyrl.data.scenes import DigitScenes
-from skyrl.models import warm_start as module
-from skyrl.models.warm_start import learning_rate_factor, sample_answers, warm_start
+from skyrl.digits import warm_start as module
+from skyrl.digits.scenes import DigitScenes
+from skyrl.digits.warm_start import learning_rate_factor, sample_answers, warm_start
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from skyrl.actors.pools import RayWeightSyncer
-from skyrl.config import Config
-from skyrl.types import SyncError
+from skyrl.crew.pools import RayWeightSyncer
+from skyrl.records import SyncError
+from skyrl.settings import Config
 
 
 class Scripted(RayWeightSyncer):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from skyrl.config import DataConfig
 from skyrl.data.parquet import ParquetPrompts
-from skyrl.data.scenes import DigitScenes
+from skyrl.digits.scenes import DigitScenes
 from skyrl.interfaces import PromptDataset
-from skyrl.types import DataError
+from skyrl.records import DataError
+from skyrl.settings import DataConfig
 
 
 def build_datasets(cfg: DataConfig) -> dict[str, PromptDataset]:

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from skyrl.algorithms.hallucination import check_claims
 from skyrl.data.parquet_schema import COLUMNS, MAY_BE_NULL, REQUIRED, SELF_CHECKED, json_object
 from skyrl.data.parquet_table import ParquetTable, check_files, write_rows
 from skyrl.data.pictures import encode_png
+from skyrl.records import DataError, Prompt
+from skyrl.rewards.claims import check_claims
 from skyrl.rewards.verifiers import get_verifier, verifier_reference
-from skyrl.types import DataError, Prompt
 
 
 class ParquetPrompts:

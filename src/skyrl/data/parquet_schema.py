@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 TEXT = "string"
 NUMBER = "float or integer"

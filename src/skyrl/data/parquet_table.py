@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from skyrl.data.parquet_schema import NUMBER, PICTURES, TEXT, check_schema, is_empty, is_text, plain, short, where
 from skyrl.data.pictures import decode_picture
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 ROWS_PER_GROUP = 64
 """Rows that :func:`write_rows` puts into one row group, the smallest part that can be read."""

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 FORMATS = ("PNG", "JPEG")
 WIDE_MODES = ("I", "F")

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from skyrl.config import DataConfig
 from skyrl.interfaces import PromptDataset
-from skyrl.types import DataError, SampleGroup
+from skyrl.records import DataError, SampleGroup
+from skyrl.settings import DataConfig
 
 SCHEMA = pa.schema(
     [

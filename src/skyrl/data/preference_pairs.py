@@ -20,10 +20,10 @@ import numpy as np
 from skyrl.data.parquet_schema import NUMBER, PICTURES, TEXT, short, where
 from skyrl.data.parquet_table import ParquetTable, check_files, write_rows
 from skyrl.data.pictures import encode_png
-from skyrl.types import DataError, Prompt
+from skyrl.records import DataError, Prompt
 
 if TYPE_CHECKING:
-    from skyrl.data.encode import PromptEncoder
+    from skyrl.policy.encode import PromptEncoder
 
 PAIR_COLUMNS = {
     "id": TEXT,

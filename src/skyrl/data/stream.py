@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 
 class PromptStream:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from skyrl.config import LearnerConfig, Schedule
+from skyrl.settings import LearnerConfig, Schedule
 
 
 def deepspeed_config(cfg: LearnerConfig, dtype: str) -> dict[str, Any]:

@@ -18,24 +18,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from skyrl.algorithms.mpo import RunningDelta, compares_with_reference, uses_delta
-from skyrl.algorithms.objective import finalise, merge_stats
-from skyrl.config import Config, Stage
-from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.data.packing import plan_micro_batches
+from skyrl.evaluation.picture_drop import masked_group, picture_drop_metrics, probed_groups
 from skyrl.interfaces import Metrics
 from skyrl.learner.deepspeed_config import deepspeed_config, learning_rate
 from skyrl.learner.files import check_layout, export_policy, write_layout
 from skyrl.learner.losses import micro_loss, pair_sums, reduce_stats, unrecorded
 from skyrl.learner.passes import Forward, Share, distinct_share, pair_members, score_groups, score_share
-from skyrl.learner.probe import masked_group, picture_drop_metrics, probed_groups
 from skyrl.learner.process_group import join_ranks
 from skyrl.learner.reference import Reference, compared_items, needs_reference, refresh_due, whole_parameters
 from skyrl.learner.sharded_loading import sharded_loading
-from skyrl.models.freezing import freeze
-from skyrl.models.policy import PolicyModule, load_policy
-from skyrl.models.snapshot import Layout, layout_of, take_snapshot
-from skyrl.types import SampleGroup, SkyrlError, TrainBatch, WeightSnapshot
+from skyrl.objective.hybrid import finalise, merge_stats
+from skyrl.objective.mpo import RunningDelta, compares_with_reference, uses_delta
+from skyrl.policy.encode import EncodedBatch, PromptEncoder
+from skyrl.policy.freezing import freeze
+from skyrl.policy.module import PolicyModule, load_policy
+from skyrl.policy.packing import plan_micro_batches
+from skyrl.records import SampleGroup, SkyrlError, TrainBatch, WeightSnapshot
+from skyrl.settings import Config, Stage
+from skyrl.sync.snapshot import Layout, layout_of, take_snapshot
 
 TAG = "deepspeed"
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from skyrl.config import Config
-from skyrl.models.snapshot import parameters_of
-from skyrl.types import SkyrlError, WeightSnapshot
+from skyrl.records import SkyrlError, WeightSnapshot
+from skyrl.settings import Config
+from skyrl.sync.snapshot import parameters_of
 
 LAYOUT_FILE = "learner.json"
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from skyrl.algorithms.grpo import grpo_loss, step_denominator
-from skyrl.algorithms.kl import kl_k3
-from skyrl.algorithms.mpo import implicit_reward_sum, loss_weights, mpo_loss
-from skyrl.algorithms.objective import MAX_SUFFIX, combine
-from skyrl.config import AlgorithmConfig, MpoConfig
-from skyrl.types import PreferencePair, Sample, SkyrlError, TrainBatch
+from skyrl.objective.grpo import grpo_loss, step_denominator
+from skyrl.objective.hybrid import MAX_SUFFIX, combine
+from skyrl.objective.kl import kl_k3
+from skyrl.objective.mpo import implicit_reward_sum, loss_weights, mpo_loss
+from skyrl.records import PreferencePair, Sample, SkyrlError, TrainBatch
+from skyrl.settings import AlgorithmConfig, MpoConfig
 
 STAT_NAMES = (
     *("grpo_loss", "grpo_tokens", "grpo_clipped", "grpo_ratio", "grpo_kl_behaviour", "grpo_kl_reference"),
@@ -24,7 +24,7 @@ STAT_NAMES = (
     *("grpo_ratio_max", "fresh_gap_max"),
 )
 """Every statistic of a step, in the order in which ranks exchange them; the convention of
-:mod:`skyrl.algorithms.grpo` says which are sums and which maxima."""
+:mod:`skyrl.objective.grpo` says which are sums and which maxima."""
 
 
 @dataclass(slots=True)

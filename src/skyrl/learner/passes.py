@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from skyrl.config import AlgorithmConfig
-from skyrl.data.encode import EncodedBatch, PromptEncoder
-from skyrl.data.packing import MicroBatch, Row, distinct_rows, ghost_row, plan_micro_batches
-from skyrl.types import SampleGroup, TrainBatch, TrainItem
+from skyrl.policy.encode import EncodedBatch, PromptEncoder
+from skyrl.policy.packing import MicroBatch, Row, distinct_rows, ghost_row, plan_micro_batches
+from skyrl.records import SampleGroup, TrainBatch, TrainItem
+from skyrl.settings import AlgorithmConfig
 
 Forward = Callable[[EncodedBatch], torch.Tensor]
 """Log-probabilities [N] of the answer tokens of a batch."""

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from skyrl.algorithms.mpo import compares_with_reference
-from skyrl.config import AlgorithmConfig, MpoConfig
-from skyrl.data.encode import EncodedBatch
 from skyrl.learner.passes import pair_members
-from skyrl.models.policy import PolicyModule
-from skyrl.types import SkyrlError, TrainBatch
+from skyrl.objective.mpo import compares_with_reference
+from skyrl.policy.encode import EncodedBatch
+from skyrl.policy.module import PolicyModule
+from skyrl.records import SkyrlError, TrainBatch
+from skyrl.settings import AlgorithmConfig, MpoConfig
 
 FILE = "reference.safetensors"
 NamedTensors = Iterable[tuple[str, torch.Tensor]]

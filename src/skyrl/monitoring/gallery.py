@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from skyrl.types import DataError, Prompt, Sample, SampleGroup
+from skyrl.records import DataError, Prompt, Sample, SampleGroup
 
 FIRST = "first of the evaluation set"
 FALSE_CLAIM = "first with a false claim before training"
@@ -66,7 +66,7 @@ def _checker(check: CheckClaims | None) -> CheckClaims:
     """The given checker, or skyrl's own. Imported late, so that a report needs none."""
     if check is not None:
         return check
-    from skyrl.algorithms.hallucination import check_claims
+    from skyrl.rewards.claims import check_claims
 
     return check_claims
 
@@ -91,7 +91,7 @@ def gallery_entries(
         groups_before: the scored greedy answers of the evaluation before training, one sample each.
         groups_after: the same after training; ``None`` if that is not known yet (see :func:`add_after`).
         limit: number of places; fewer are filled if too few answers made a false claim.
-        check: replaces :func:`skyrl.algorithms.hallucination.check_claims`.
+        check: replaces :func:`skyrl.rewards.claims.check_claims`.
     """
     check = _checker(check)
     entries: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from skyrl.types import SkyrlError
+from skyrl.records import SkyrlError
 
 
 class MetricError(SkyrlError):

@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 
 def jsonable(value: Any) -> Any:

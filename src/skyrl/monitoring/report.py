@@ -19,7 +19,7 @@ from skyrl.monitoring.console import PHASES, duration, number, percent
 from skyrl.monitoring.gallery import RULE, gallery_html
 from skyrl.monitoring.records import read_json, read_metrics, write_text_atomically
 from skyrl.monitoring.svg import Series, line_chart
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 History = Sequence[Mapping[str, Any]]
 

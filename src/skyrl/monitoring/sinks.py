@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from skyrl.config import WandbMode
 from skyrl.interfaces import Metrics, MetricSink
 from skyrl.monitoring.console import ConsoleSink
 from skyrl.monitoring.metrics import check_names
 from skyrl.monitoring.records import jsonable, read_metrics, write_text_atomically
-from skyrl.types import ConfigError
+from skyrl.records import ConfigError
+from skyrl.settings import WandbMode
 
 __all__ = ["ConsoleSink", "JsonlSink", "Sinks", "WandbSink", "wandb_logged_in", "wandb_mode"]
 

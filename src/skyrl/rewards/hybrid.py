@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from skyrl.algorithms.advantages import tied
-from skyrl.config import RewardConfig, Squash
-from skyrl.types import ConfigError, DataError
+from skyrl.records import ConfigError, DataError
+from skyrl.rewards.advantages import tied
+from skyrl.settings import RewardConfig, Squash
 
 
 def squash(scores: np.ndarray, how: Squash, scale: float) -> np.ndarray:
@@ -14,7 +14,7 @@ def squash(scores: np.ndarray, how: Squash, scale: float) -> np.ndarray:
 
     Args:
         scores: [G], finite, in the reward model's raw units.
-        how: See :class:`skyrl.config.Squash`.
+        how: See :class:`skyrl.settings.Squash`.
         scale: Divides the score inside ``sigmoid`` and ``tanh``; the other two ignore it.
 
     Returns:

@@ -16,12 +16,12 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from skyrl.records import DataError, SkyrlError
 from skyrl.rewards.verifier_child import START_LIMIT, checked_score, describe
 from skyrl.rewards.verifiers import verifier_reference
 from skyrl.rewards.verifiers.choice import choice_verifier
 from skyrl.rewards.verifiers.exact import exact_verifier
 from skyrl.rewards.verifiers.numeric import numeric_verifier
-from skyrl.types import DataError, SkyrlError
 
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "

@@ -8,15 +8,15 @@ from typing import Protocol
 
 import numpy as np
 
-from skyrl.algorithms.advantages import group_advantages
-from skyrl.algorithms.hallucination import CHECKERS, HallucinationRates, check_claims, hallucination_rates
-from skyrl.algorithms.repetition import repeated_share
-from skyrl.config import RewardConfig, Std
 from skyrl.interfaces import Metrics, flatten
+from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup, SkyrlError
+from skyrl.rewards.advantages import group_advantages
+from skyrl.rewards.claims import CHECKERS, HallucinationRates, check_claims, hallucination_rates
 from skyrl.rewards.format import extract_answer, format_reward
 from skyrl.rewards.hybrid import hybrid_reward
+from skyrl.rewards.repetition import repeated_share
 from skyrl.rewards.runner import VerifierRunner
-from skyrl.types import DataError, Prompt, RewardParts, Sample, SampleGroup, SkyrlError
+from skyrl.settings import RewardConfig, Std
 
 
 class ModelScorer(Protocol):

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from numbers import Real
 from typing import Any
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 MEMORY_LIMIT = 4 << 30
 """Bytes of private memory. ``2^{10^{12}}`` would otherwise fill the machine before its time is up."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skyrl.config import RolloutConfig, WeightSync
+from skyrl.settings import RolloutConfig, WeightSync
 
 
 def rollout_environment(cfg: RolloutConfig, threads: int) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from skyrl.types import BLIND_SUFFIX, ConfigError, Prompt, Sample
+from skyrl.records import BLIND_SUFFIX, ConfigError, Prompt, Sample
 
 MAX_BIASES = 1024
 """Most entries of a request's ``logit_bias`` in vLLM's GPU sampler."""

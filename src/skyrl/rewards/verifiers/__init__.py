@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from skyrl.interfaces import Verifier
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 BUILTIN = ("exact", "numeric", "math", "choice")
 VERIFIERS: dict[str, str] = {name: f"skyrl.rewards.verifiers.{name}:{name}_verifier" for name in BUILTIN}

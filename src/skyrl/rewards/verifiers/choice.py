@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 _ALONE = re.compile(r"\(?([A-Ja-j])\)?[.:]?")
 """The whole answer is a letter: ``B``, ``b``, ``(B)``, ``B.``"""

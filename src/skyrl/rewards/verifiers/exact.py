@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 
 def exact_verifier(answer: str, truth: str) -> float:

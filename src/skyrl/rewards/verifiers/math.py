@@ -12,7 +12,7 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 # It would warn on every start that its time limits are off; they are, on purpose (see _parse).
 logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from skyrl.types import DataError
+from skyrl.records import DataError
 
 MAX_CHARACTERS = 100
 """Longer texts are no numbers: bounds the work that a hostile answer can cause."""

@@ -1,1 +1,0 @@
-"""Thin Ray shells round the plain classes, their placement, and the pools that the controller talks to."""

@@ -1,1 +1,0 @@
-"""The mathematics: advantages, losses, pairs. Pure functions; no Ray, no vLLM, no DeepSpeed."""

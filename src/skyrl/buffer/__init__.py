@@ -1,1 +1,0 @@
-"""The Selective Sample Buffer and the assembly of training batches. Numpy only."""

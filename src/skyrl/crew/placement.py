@@ -1,0 +1,135 @@
+"""Where actors run: their Ray options, their threads, and the GPUs that two of them share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ray
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from skyrl.records import ConfigError, SkyrlError
+from skyrl.settings import Config, WeightSync
+
+BUFFER_CPUS = 0.1
+COMMON_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    # Threads that spin long while they wait made a learner step up to seven times slower beside one other busy
+    # process; threads that sleep at once lose time on an idle machine. So: spin for some microseconds only.
+    "GOMP_SPINCOUNT": "20000",
+    # Keep freed memory: activations of every step would else be mapped and zeroed by the kernel again.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
+
+
+class Placement:
+    """Ray options of a run's actors.
+
+    With ``rollout.weight_sync=ipc`` rollout worker i and learner rank i share one GPU: CUDA hands memory from process
+    to process on one device only.
+
+    Args:
+        cfg: The whole configuration.
+        nodes: What ``ray.nodes()`` says of those alive.
+        with_learner: False if only rollout and reward workers start.
+    """
+
+    def __init__(self, cfg: Config, nodes: list[dict[str, Any]], with_learner: bool = True) -> None:
+        cores = [node["Resources"]["CPU"] for node in nodes if node["Resources"].get("CPU", 0) > 0]
+        self.cfg = cfg
+        self.spread = cfg.cluster.spread and len(cores) > 1
+        self.nodes = len(cores)
+        self.cores = int(min(cores))  # on uneven nodes the smallest must not be oversubscribed
+        self.shares_gpus = with_learner and cfg.rollout.weight_sync is WeightSync.ipc
+        self._group: Any = None
+
+    def reserve(self) -> None:
+        """Take the GPUs that two actors share; nothing without ``ipc``.
+
+        Raises:
+            SkyrlError: if the cluster does not give them within ``controller.timeout``.
+        """
+        if not self.shares_gpus:
+            return
+        rollout, learner = self.cfg.rollout, self.cfg.learner
+        bundle = {"GPU": 1.0, "CPU": rollout.num_cpus + learner.num_cpus}
+        strategy = "SPREAD" if self.spread else "PACK"
+        self._group = placement_group([bundle] * learner.num_workers, strategy=strategy)
+        if not self._group.wait(self.cfg.controller.timeout):
+            raise SkyrlError(
+                f"the cluster did not give {learner.num_workers} times one GPU with {bundle['CPU']:g} CPUs on one node "
+                f"within controller.timeout={self.cfg.controller.timeout:g} s"
+            )
+
+    def release(self) -> None:
+        """Give back what :meth:`reserve` took."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+    def threads(self, wanted: int, workers: int) -> int:
+        """``wanted``, or a node's cores shared by the workers of one kind that it holds."""
+        per_node = math.ceil(workers / self.nodes) if self.spread else workers
+        return wanted or max(1, self.cores // per_node)
+
+    def actor(
+        self,
+        cls: type,
+        name: str,
+        cpus: float,
+        env: dict[str, str],
+        gpus: float = 0,
+        restarts: int = 0,
+        shared: int | None = None,
+    ) -> Any:
+        """``cls`` as a named Ray actor class.
+
+        Args:
+            shared: Number of the shared GPU that it gets half of, where GPUs are shared.
+        """
+        strategy: Any = "SPREAD" if self.spread else "DEFAULT"
+        if self._group is not None and shared is not None:
+            strategy, gpus = PlacementGroupSchedulingStrategy(self._group, shared), 0.5
+        return ray.remote(cls).options(
+            name=name,
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=restarts,
+            max_task_retries=restarts,
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": COMMON_ENVIRONMENT | env},
+        )
+
+
+def check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool) -> None:
+    """Raises:
+    ConfigError: if these nodes can never hold the run's actors, which Ray would wait for without a word.
+    """
+    rollout, reward, learner = cfg.rollout, cfg.reward, cfg.learner
+    cpus = [rollout.num_cpus] * rollout.num_workers + [reward.num_cpus] * reward.num_workers
+    if with_learner:
+        cpus += [learner.num_cpus] * learner.num_workers + [BUFFER_CPUS]
+        if rollout.weight_sync is WeightSync.ipc:  # each pair on one node
+            pairs = [rollout.num_cpus + learner.num_cpus] * learner.num_workers
+            cpus = pairs + [reward.num_cpus] * reward.num_workers + [BUFFER_CPUS]
+    gpus: list[float] = [0.0]
+    if rollout.device == "cuda":
+        gpus += [rollout.tensor_parallel_size] * rollout.num_workers
+    if with_learner and learner.device == "cuda" and rollout.weight_sync is not WeightSync.ipc:
+        gpus += [1] * learner.num_workers
+    if reward.device == "cuda" and cfg.model.reward is not None:
+        gpus += [1] * reward.num_workers
+    for kind, needs in (("CPU", cpus), ("GPU", gpus)):
+        have = [node["Resources"].get(kind, 0) for node in nodes]
+        if sum(needs) > sum(have):
+            raise ConfigError(
+                f"the actors need {sum(needs):g} {kind}s, the Ray cluster has {sum(have):g}: lower "
+                f"rollout/reward/learner.num_workers{' or .num_cpus' if kind == 'CPU' else ''}, or join more nodes"
+            )
+        if max(needs) > max(have):
+            raise ConfigError(
+                f"one actor needs {max(needs):g} {kind}s, the largest node of the cluster has {max(have):g}"
+            )

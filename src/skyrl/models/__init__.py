@@ -1,1 +1,0 @@
-"""Policies and reward models: the embedded defaults, what is trained, log-probabilities."""

@@ -1,0 +1,89 @@
+"""The trainer side of vLLM's ``nccl`` and ``ipc`` weight transfer. Not run on a GPU yet: see docs/architecture.md."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+from skyrl.records import SkyrlError
+from skyrl.settings import Config, WeightSync
+from skyrl.sync.snapshot import Layout
+
+NamedParameters = Callable[[], Iterator[tuple[str, torch.Tensor]]]
+
+
+class LearnerSource(WeightSource):
+    """The learner's parameters as vLLM wants to read them.
+
+    Args:
+        named_parameters: Called once a sync; yields Hugging Face names and whole tensors. Under ZeRO-3 it gathers
+            them one by one, on all ranks in the same order.
+        layout: Theirs.
+    """
+
+    def __init__(self, named_parameters: NamedParameters, layout: Layout) -> None:
+        self.named_parameters, self.layout = named_parameters, layout
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, dtype, shape) for name, dtype, shape in self.layout]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.named_parameters()
+
+
+class VllmSender:
+    """Sends the learner's weights with the backend that ``rollout.weight_sync`` names.
+
+    Args:
+        cfg: The whole configuration.
+        control: The four control-plane calls, reaching every rollout engine.
+        source: The learner's parameters.
+        rank: Learner rank; rank 0 sends.
+        host: Address of this host, where the rollout engines meet rank 0 (nccl).
+
+    Raises:
+        SkyrlError: without CUDA, or for the ``shm`` backend, which needs no sender.
+    """
+
+    def __init__(self, cfg: Config, control: Any, source: LearnerSource, rank: int, host: str) -> None:
+        if not torch.cuda.is_available():
+            raise SkyrlError(f"rollout.weight_sync={cfg.rollout.weight_sync.value} needs CUDA in the learner")
+        self._engine = WeightTransferTrainerFactory.trainer_init(
+            _init_info(cfg, rank, host, source.layout), client=control, source=source
+        )
+
+    def send(self) -> None:
+        """One full round: start, transfer, finish on every rollout engine. Called on every learner rank."""
+        self._engine.send_weights()
+
+
+def _init_info(cfg: Config, rank: int, host: str, layout: Layout) -> Any:
+    if cfg.rollout.weight_sync is WeightSync.nccl:
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        return NCCLTrainerInitInfo(
+            master_address=host,
+            master_port=port,
+            world_size=1 + cfg.rollout.num_workers * cfg.rollout.tensor_parallel_size,
+            rank=rank,
+        )
+    if cfg.rollout.weight_sync is WeightSync.ipc:
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
+
+        largest = max(dtype.itemsize * math.prod(shape) for _, dtype, shape in layout)
+
+        # Packed: copies chunk by chunk. Else every gathered parameter would stay until the last one is sent.
+        # A parameter that is larger than the buffer would be refused.
+        size = max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, largest)
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)
+    raise SkyrlError("rollout.weight_sync=shm needs no sender: the snapshot travels through Ray's object store")

@@ -1,0 +1,87 @@
+"""Weight transfer for CPU and shared memory, as a backend of vLLM's own weight-transfer API.
+
+The learner lays all parameters into one flat buffer; Ray's object store maps it into the rollout process
+(no copy on one host, one network transfer across hosts), and vLLM's ``load_weights`` reads straight from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from skyrl.records import SyncError, WeightSnapshot
+from skyrl.sync.snapshot import parameters_of
+
+BACKEND = "skyrl_shm"
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on: the buffer comes with each update."""
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):
+    """One full set of parameters."""
+
+    snapshot: WeightSnapshot
+
+
+class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+    """Worker side of the backend."""
+
+    init_info_cls = ShmInitInfo
+    update_info_cls = ShmUpdateInfo
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # vLLM's own ends with torch.accelerator.synchronize(), and there is no accelerator here.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        loaded = self.model.load_weights(parameters_of(update_info.snapshot))
+        if loaded is None:  # some architectures do not report; the probe after the sync still proves the result
+            return
+        expected = {name for name, _ in self.model.named_parameters()}
+        if self.model_config.hf_text_config.tie_word_embeddings:  # the head is the embedding, sent once
+            expected = {name for name in expected if not name.endswith("lm_head.weight")}
+        missing = sorted(expected - set(loaded))
+        if missing:
+            raise SyncError(
+                f"weight snapshot {update_info.snapshot.version} left {len(missing)} parameter(s) of the rollout "
+                f"policy unchanged, first {missing[0]!r}: the sync is partial"
+            )
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+        # With tied embeddings the head computes from a packed copy that layerwise reloading leaves stale.
+        for module in self.model.modules():
+            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def register() -> None:
+    """Make the backend known to vLLM; harmless when called again."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, ShmWeightTransferEngine)
