@@ -133,8 +133,14 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "compare":
         sys.exit(1 if compare(given.old, given.new) else 0)
-    paths = [path.resolve() for path in (given.source, given.policy, given.reward, given.data)]
-    record(given.out.resolve(), *paths, given.only)
+    record(
+        given.out.resolve(),
+        given.source.resolve(),
+        given.policy.resolve(),
+        given.reward.resolve(),
+        given.data.resolve(),
+        given.only,
+    )
 
 
 if __name__ == "__main__":

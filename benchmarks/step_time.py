@@ -55,7 +55,7 @@ def main() -> None:
 
 def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
     """Whole steps first, then each bare part in a process of its own."""
-    from skyrl.crew.placement import COMMON_ENVIRONMENT
+    from skyrl.crew.ray_executor import COMMON_ENVIRONMENT
 
     records = whole_steps(work, steps)
     result = {"step": _median(record["time/step"] for record in records[warm_up:])}
@@ -89,51 +89,34 @@ def config() -> Any:
 
 def whole_steps(work: Path, steps: int) -> list[dict[str, float]]:
     """Metrics of each step of the real loop; leaves the requests and train batches in ``work``."""
-    import ray
-
-    from skyrl.crew.system import ray_session, start_system
+    from skyrl.crew.ray_executor import ray_session
     from skyrl.data.stream import PromptStream
-    from skyrl.loop import Controller
+    from skyrl.loop import Loop
+    from skyrl.records import RolloutRequest
     from skyrl.run import model_folders
+    from skyrl.system import start_system
 
     cfg = config()
     cfg.controller.steps = steps
     cfg.evaluation.every = cfg.checkpoint.every = 0
     records: list[dict[str, float]] = []
+    promised: list[Any] = []
     policy, reward = model_folders(cfg)
     with ray_session(cfg, "benchmark"), start_system(cfg, policy, reward) as system:
-        seen = _Recorder(system.pools.rollout, system.pools.buffer)
-        system.pools.rollout = system.pools.buffer = seen  # type: ignore[assignment]
-        sink = _Sink(records)
-        Controller(cfg, system.pools, PromptStream(system.rows["train"], 0), 16, sink, work).run()
-        batches = [ray.get(handle) for handle in seen.batches]
-    requests = [request for request in seen.requests if request.split == "train"]
+        size, pair = system.sizes()["train"], system.buffer.pair
+
+        def noted(*call: Any) -> Any:
+            batch, told = pair(*call)
+            promised.append(batch)
+            return batch, told
+
+        system.buffer.pair = noted  # type: ignore[method-assign,assignment]
+        Loop(cfg, system, PromptStream(size, 0), _Sink(records), work).run()
+        batches = system.buffer.fetch(promised)
+    stream = PromptStream(size, 0)
+    requests = [RolloutRequest("train", stream.take(PROMPTS), k, SAMPLES, False, 0) for k in range(1, steps + 1)]
     (work / "recorded.pkl").write_bytes(pickle.dumps((policy, requests, batches)))
     return records
-
-
-class _Recorder:
-    """Passes calls on to the rollout pool and the buffer, and notes requests and batches."""
-
-    def __init__(self, rollout: Any, buffer: Any) -> None:
-        self.rollout, self.buffer = rollout, buffer
-        self.requests: list[Any] = []
-        self.batches: list[Any] = []
-
-    def generate(self, request: Any) -> Any:
-        self.requests.append(request)
-        return self.rollout.generate(request)
-
-    def wait(self, handles: Any) -> None:
-        self.rollout.wait(handles)
-
-    def exchange(self, groups: Any, step: int, version: int) -> Any:
-        batch, metrics = self.buffer.exchange(groups, step, version)
-        self.batches.append(batch)
-        return batch, metrics
-
-    def save(self, path: Path) -> None:
-        self.buffer.save(path)
 
 
 class _Sink:
@@ -154,16 +137,18 @@ def bare_generate(work: Path) -> list[float]:
 
     cfg = config()
     os.environ.update(rollout_environment(cfg.rollout, os.cpu_count() or 1))
-    from skyrl.data.datasets import build_datasets
-    from skyrl.rollout.vllm_engine import VllmRolloutEngine
+    from skyrl.rollout import vllm_engine
+    from skyrl.rollout.sampler import Sampler
 
     policy, requests, _ = pickle.loads((work / "recorded.pkl").read_bytes())
-    engine = VllmRolloutEngine(cfg, policy, build_datasets(cfg.data))
+    sampler = Sampler(cfg, policy)
+    engine: Any = sampler.engine
     seconds = []
     for request in requests:
-        prompts = [engine.datasets["train"][row] for row in request.rows]
-        inputs = [engine.input(prompt) for prompt in prompts]
-        params = [engine.params(prompt, request, cfg.rollout.max_new_tokens, cfg.rollout.top_p) for prompt in prompts]
+        prompts = [sampler.datasets["train"][row] for row in request.rows]
+        limits = cfg.rollout.max_new_tokens, cfg.rollout.top_p
+        asked = [sampler._asked(prompt, request, *limits) for prompt in prompts]
+        inputs, params = [vllm_engine._input(one) for one in asked], [vllm_engine._params(one) for one in asked]
         engine.forget_caches()  # as in training, where each step has new weights
         started = time.perf_counter()
         engine.llm.generate(inputs, params, use_tqdm=False)

@@ -1,13 +1,10 @@
-"""What the learner tests run in processes of their own, one per rank, and the batches that they run on.
-
-``python learner_cases.py POLICY_FOLDER WORK_FOLDER RANK WORLD_SIZE`` writes ``WORK_FOLDER/results-WORLD-RANK.pkl``:
-a dictionary from (case, ZeRO stage) to what happened there.
-"""
+"""What the learner tests run in processes of their own, one per rank (:mod:`learner_mpo_cases` starts them), and the
+batches that they run on."""
 
 from __future__ import annotations
 
+import os
 import pickle
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +14,16 @@ import numpy as np
 import torch
 
 from skyrl.digits.scenes import DigitScenes
+from skyrl.evaluation.picture_drop import picture_drop
+from skyrl.learner.step import LearnerStep
 from skyrl.policy.encode import PromptEncoder
 from skyrl.records import PreferencePair, Prompt, Sample, SampleGroup, SkyrlError, TrainBatch, TrainItem
 from skyrl.settings import Config, Trainable
 
-STAGES = (0, 1, 2, 3)
+WHOLE, SHORT = (0, 3), (1, 2)
+"""ZeRO stages: of the second our own code knows nothing, so one step of each is enough."""
+WEIGHTS = {"grpo": 1.0, "mpo": 0.25}
+"""Of the default settings."""
 SMALL, LARGE = 150, 100_000
 """Token budgets: several micro-batches with a text-only one among them; a single one."""
 
@@ -76,7 +78,7 @@ def make_batch(
     encoder: PromptEncoder, step: int, num_prompts: int = 6, per_prompt: int = 3, text_only: bool = False
 ) -> TrainBatch:
     """Random answers. Per prompt: a chosen one, a rejected one that is here for its pair only, and (from the third on)
-    replayed ones of weight 0.5."""
+    replayed ones of weight 0.5. Step k trains version k - 1."""
     rng = np.random.default_rng(step)
     allowed = np.setdiff1d(np.arange(len(encoder.tokenizer)), encoder.forbidden_token_ids())
     items, pairs = [], []
@@ -89,14 +91,20 @@ def make_batch(
                 logprobs=rng.normal(-6, 0.3, length).astype(np.float32),
                 text="",
                 truncated=False,
-                policy_version=0,
+                policy_version=step - 2 if g > 1 else step - 1,
                 advantage=float(rng.normal()),
             )
-            items.append(TrainItem(prompt, encoder.encode(prompt)[0], sample, (1.0, 0.0, 0.5)[min(g, 2)], g > 1))
+            items.append(TrainItem(prompt, encoder.encode(prompt)[0], sample, (1.0, 0.0, 0.5)[min(g, 2)]))
         if per_prompt > 1:
             pairs.append(PreferencePair(len(items) - per_prompt, len(items) - per_prompt + 1, 2.0))
-    counted = [len(item.sample.token_ids) for item in items if item.grpo_weight != 0]
-    return TrainBatch(step, items, pairs, len(counted), sum(counted))
+    return counted(TrainBatch(step, step - 1, dict(WEIGHTS), items, pairs, 0, 0))
+
+
+def counted(batch: TrainBatch) -> TrainBatch:
+    """The same batch with its counts of GRPO samples and tokens."""
+    tokens = [item.sample.trained_tokens for item in batch.items if item.grpo_weight != 0]
+    batch.grpo_samples, batch.grpo_tokens = len(tokens), sum(tokens)
+    return batch
 
 
 def groups_of(batch: TrainBatch) -> list[SampleGroup]:
@@ -108,16 +116,17 @@ def record_gradients(learner: Any) -> list[dict[str, np.ndarray]]:
     from deepspeed.utils import safe_get_full_grad
 
     steps: list[dict[str, np.ndarray]] = []
-    original = learner.engine.step
+    engine = learner.backend.engine
+    original = engine.step
 
     def step() -> None:
-        named = [(name, p) for name, p in learner.engine.module.model.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in learner.backend.model.named_parameters() if p.requires_grad]
         gradients = {name: safe_get_full_grad(p) for name, p in named}  # collective under ZeRO-3
         if learner.rank == 0:
             steps.append({name: g.numpy().copy() for name, g in gradients.items() if g is not None})
         original()
 
-    learner.engine.step = step
+    engine.step = step
     return steps
 
 
@@ -125,11 +134,13 @@ class Cases:
     """The runs of one rank."""
 
     def __init__(self, policy: str, work: Path, rank: int, world_size: int) -> None:
-        from skyrl.learner.engine import DeepSpeedLearner
-
         self.policy, self.work, self.rank, self.world_size = policy, work, rank, world_size
         self.results: dict[tuple[str, int], Any] = {}
-        self.make: Callable[[Config], Any] = lambda cfg: DeepSpeedLearner(cfg, policy, rank, world_size)
+
+    def make(self, cfg: Config) -> LearnerStep:
+        learner = LearnerStep(cfg, self.policy, self.rank, threads=1)
+        learner.join(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        return learner
 
     def weights(self, learner: Any) -> dict[str, np.ndarray] | None:
         from skyrl.sync.snapshot import parameters_of
@@ -142,7 +153,7 @@ class Cases:
         learner = self.make(cfg)
         gradients = record_gradients(learner)
         out: dict[str, Any] = {"start": self.weights(learner), "metrics": [], "weights": [], "gradients": gradients}
-        parts = learner.engine.module.modules()
+        parts = learner.backend.engine.module.modules()
         out["checkpointed_layers"] = sum(getattr(p, "gradient_checkpointing", False) and p.training for p in parts)
         folder = self.work / f"checkpoint-{name}-{cfg.learner.zero_stage}-{self.world_size}"
         for step in range(1, count + 1):
@@ -160,7 +171,7 @@ class Cases:
             out["resumed_delta"] = again.delta.state_dict()
             saved, cfg.learner.weight_decay = cfg.learner.weight_decay, 0.7
             again.load(folder)
-            out["resumed_decay"] = {group["weight_decay"] for group in again.engine.optimizer.param_groups}
+            out["resumed_decay"] = {group["weight_decay"] for group in again.backend.engine.optimizer.param_groups}
             cfg.learner.weight_decay = saved
         self.results[name, cfg.learner.zero_stage] = out
 
@@ -173,7 +184,7 @@ class Cases:
         for item, logprobs in zip(batch.items, own, strict=True):
             item.sample.logprobs = logprobs
         before = self.weights(learner)
-        empty = learner.train_step(TrainBatch(1, [], [], 0, 0))
+        empty = learner.train_step(TrainBatch(1, 0, dict(WEIGHTS), [], [], 0, 0))
         after_empty = self.weights(learner)
         metrics = learner.train_step(batch)
         after = learner.logprobs(groups_of(batch))
@@ -182,8 +193,8 @@ class Cases:
         self.results["on_policy", stage] = {
             "logprobs": own, "before": before, "empty": empty, "after_empty": after_empty, "metrics": metrics,
             "after": after, "folder": str(folder), "weights": self.weights(learner),
-            "picture_drop": learner.picture_drop(groups_of(batch)),
-            "text_drop": learner.picture_drop(groups_of(make_batch(learner.encoder, 1, text_only=True))),
+            "picture_drop": picture_drop(learner, groups_of(batch)),
+            "text_drop": picture_drop(learner, groups_of(make_batch(learner.encoder, 1, text_only=True))),
         }  # fmt: skip
 
     def not_finite(self, stage: int) -> None:
@@ -198,7 +209,7 @@ class Cases:
             elif where == "delta":
                 batch.items[0].sample.logprobs[0] = np.nan
             else:
-                norm = learner.engine.module.model.base_model.text_model.norm
+                norm = learner.backend.model.base_model.text_model.norm
                 norm.register_full_backward_hook(lambda _module, inner, _outer: (torch.full_like(inner[0], torch.nan),))
             try:
                 learner.train_step(batch)
@@ -221,7 +232,11 @@ class Cases:
             self.results["half_precision", dtype, stage] = metrics
 
     def run(self) -> None:
-        for stage in STAGES:
+        """Everything that differs between the ranks and the ZeRO stages; what does not is tested over the plain backend
+        (``tests/unit/test_learner_step.py``)."""
+        for stage in SHORT:
+            self.steps("train", settings(stage, self.world_size), 1)
+        for stage in WHOLE:
             cfg = settings(stage, self.world_size)
             self.steps("train", cfg, 3, resume=True)
             cfg = settings(stage, self.world_size)
@@ -236,16 +251,18 @@ class Cases:
                 self.steps("few", settings(stage, 2), 1, num_prompts=1, per_prompt=1)
         if self.world_size > 1:
             self.sharded()
-        if self.world_size == 1:
-            self.steps("few", settings(1), 1, num_prompts=1, per_prompt=1)
-            self.others()
+            return
+        self.steps("few", settings(0), 1, num_prompts=1, per_prompt=1)
+        cfg = settings(1)
+        cfg.learner.gradient_checkpointing = True
+        self.steps("checkpointing", cfg, 1)
 
     def sharded(self) -> None:
         """Elements that a rank holds of a policy loaded for ZeRO-3 in bfloat16, of how many, and its buffers, also of
         one loaded whole; then a frozen and checkpointed one under ZeRO-3, as large policies are trained."""
-        from skyrl.learner import engine
         from skyrl.learner.deepspeed_config import deepspeed_config
         from skyrl.learner.sharded_loading import sharded_loading
+        from skyrl.policy import module
         from skyrl.policy.module import load_policy
 
         cfg = settings(3, self.world_size)
@@ -268,28 +285,10 @@ class Cases:
             cut.append(all(hasattr(p, "ds_tensor") for p in model.parameters()))
             return model
 
-        engine.load_policy = watched
+        module.load_policy = watched
         self.steps("adapter_checkpointing", cfg, 1)
-        engine.load_policy = load_policy
+        module.load_policy = load_policy
         self.results["sharded_load", 3]["by_learner"] = cut
-
-    def others(self) -> None:
-        for trainable in (Trainable.language_and_adapter, Trainable.adapter_and_vision):
-            cfg = settings(1)
-            cfg.learner.trainable = trainable
-            self.steps(trainable.value, cfg, 1)
-        cfg = settings(1)
-        cfg.learner.trainable = Trainable.adapter
-        self.steps("adapter_text_only", cfg, 1, text_only=True)
-        cfg = settings(1)
-        cfg.learner.gradient_checkpointing = True
-        self.steps("checkpointing", cfg, 1)
-        learner = self.make(settings(1))
-        for stage, folder in enumerate(("nowhere", "checkpoint-adapter-3-1")):
-            try:
-                learner.load(self.work / folder)
-            except SkyrlError as error:
-                self.results["load_error", stage] = str(error)
 
 
 def run_cases(run: Callable[[Cases], None], policy: str, work: str, rank: str, world_size: str) -> None:
@@ -299,7 +298,3 @@ def run_cases(run: Callable[[Cases], None], policy: str, work: str, rank: str, w
     run(cases)
     with (Path(work) / f"results-{world_size}-{rank}.pkl").open("wb") as file:
         pickle.dump(cases.results, file)
-
-
-if __name__ == "__main__":
-    run_cases(Cases.run, *sys.argv[1:])

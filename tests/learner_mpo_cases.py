@@ -1,12 +1,15 @@
-"""The MPO side of the learner tests, run like :mod:`learner_cases`."""
+"""The MPO side of the learner tests.
+
+``python learner_mpo_cases.py POLICY_FOLDER WORK_FOLDER RANK WORLD_SIZE`` runs the cases of :mod:`learner_cases`, then
+these, and writes ``WORK_FOLDER/results-WORLD-RANK.pkl``: a dictionary from (case, ZeRO stage) to what happened there.
+"""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
 
-import numpy as np
-from learner_cases import Cases, groups_of, make_batch, run_cases, settings
+from learner_cases import WHOLE, Cases, counted, groups_of, make_batch, run_cases, settings
 
 from skyrl.settings import Config, DeltaKind, Stage
 
@@ -16,16 +19,6 @@ def refreshing(stage: int, world_size: int) -> Config:
     cfg = settings(stage, world_size)
     cfg.algorithm.mpo.reference_every = 2
     cfg.algorithm.mpo.delta, cfg.algorithm.mpo.delta_decay = DeltaKind.exponential, 0.5
-    return cfg
-
-
-def without_reference(name: str) -> Config:
-    """``reference_free``, or ``chosen_only``: nothing but the generation term."""
-    cfg = settings(1)
-    cfg.algorithm.grpo.kl_weight = 0.0
-    cfg.algorithm.mpo.reference_free = name == "reference_free"
-    if name == "chosen_only":
-        cfg.algorithm.mpo.preference_weight = cfg.algorithm.mpo.quality_weight = 0.0
     return cfg
 
 
@@ -40,27 +33,23 @@ def unrecorded(cases: Cases, stage: int) -> None:
             metrics = []
             for step in (1, 2):
                 batch = make_batch(learner.encoder, step, num_prompts=3, per_prompt=2)
+                batch.weights = cfg.algorithm.weights(step)
                 if trained is Stage.mpo:
                     batch.items = [replace(item, grpo_weight=0.0) for item in batch.items]
-                    batch.grpo_samples = batch.grpo_tokens = 0
+                    counted(batch)
                 for item, own in zip(batch.items, learner.logprobs(groups_of(batch)), strict=True):
                     if item.grpo_weight == 0:
-                        item.sample.logprobs = own if known else np.full_like(own, np.nan)
+                        item.sample.logprobs = own if known else None
                 metrics.append(learner.train_step(batch))
             result = {"metrics": metrics, "weights": cases.weights(learner)}
             cases.results[f"{name}_{'known' if known else 'unknown'}", stage] = result
 
 
 def run(cases: Cases) -> None:
-    for stage in (0, 3):
+    cases.run()
+    for stage in WHOLE:
         cases.steps("refresh", refreshing(stage, cases.world_size), 4, resume=True)
         unrecorded(cases, stage)
-    if cases.world_size == 1:
-        cfg = settings(1)
-        cfg.algorithm.mpo.reference_kl = 1e-9
-        cases.steps("refresh_by_kl", cfg, 4)
-        for name in ("reference_free", "chosen_only"):
-            cases.steps(name, without_reference(name), 2)
 
 
 if __name__ == "__main__":

@@ -44,15 +44,25 @@ def answer_logprobs(model: Any, encoder: PromptEncoder, item: TrainItem, tempera
 
 def batch_mean_reward(batch: TrainBatch, reference: list[torch.Tensor], beta: float) -> float:
     """What one step adds to δ: the mean of βh over both members of all pairs, at the policy that sampled them."""
+    recorded = [torch.from_numpy(item.sample.logprobs).double() for item in batch.items]
+    return mean_reward(batch, recorded, reference, beta)
+
+
+def mean_reward(batch: TrainBatch, start: list[torch.Tensor], reference: list[torch.Tensor], beta: float) -> float:
+    """The same, for log-probabilities ``start`` of every item at the start of the step."""
     members = [i for pair in batch.pairs for i in (pair.chosen, pair.rejected)]
-    shifts = [float(batch.items[i].sample.logprobs.astype(np.float64).sum() - reference[i].sum()) for i in members]
-    return beta * sum(shifts) / len(members)
+    return beta * sum(float(trained(batch, i, start[i] - reference[i]).sum()) for i in members) / len(members)
+
+
+def trained(batch: TrainBatch, i: int, values: torch.Tensor) -> torch.Tensor:
+    """The values [T] of an item's tokens that may be trained on."""
+    return values[torch.from_numpy(batch.items[i].sample.mask)]
 
 
 def kl_of_pairs(batch: TrainBatch, current: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     """Mean over the tokens of all pair members of e^d − d − 1, d = log π_0 − log π_θ."""
     members = [i for pair in batch.pairs for i in (pair.chosen, pair.rejected)]
-    d = torch.cat([reference[i] - current[i] for i in members]).detach()
+    d = torch.cat([trained(batch, i, reference[i] - current[i]) for i in members]).detach()
     return float((torch.exp(d) - d - 1).mean())
 
 
@@ -65,10 +75,12 @@ def step_loss(
     """
     grpo, mpo = cfg.algorithm.grpo, cfg.algorithm.mpo
     total = torch.zeros((), dtype=torch.float64)
-    for item, logprobs, ref in zip(batch.items, current, reference, strict=True):
-        if item.grpo_weight == 0:
+    for i, item in enumerate(batch.items):
+        if item.grpo_weight == 0 or not item.sample.mask.any():
             continue
-        ratio = torch.exp(logprobs - torch.from_numpy(item.sample.logprobs).double())
+        recorded = torch.from_numpy(item.sample.logprobs).double()
+        logprobs, behaviour, ref = (trained(batch, i, values) for values in (current[i], recorded, reference[i]))
+        ratio = torch.exp(logprobs - behaviour)
         advantage = item.sample.advantage
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - grpo.clip_low, 1 + grpo.clip_high) * advantage)
         d = ref - logprobs
@@ -78,13 +90,18 @@ def step_loss(
     end = mpo.generation_weight if mpo.generation_weight_end is None else mpo.generation_weight_end
     generation_weight = (1 - done) * mpo.generation_weight + done * end
     for pair in batch.pairs:
-        ends = [0.0 if mpo.reference_free else reference[i].sum() for i in (pair.chosen, pair.rejected)]
-        chosen = mpo.beta * (current[pair.chosen].sum() - ends[0])
-        rejected = mpo.beta * (current[pair.rejected].sum() - ends[1])
+        own, ends = zip(
+            *(
+                (trained(batch, i, current[i]), 0.0 if mpo.reference_free else trained(batch, i, reference[i]).sum())
+                for i in (pair.chosen, pair.rejected)
+            ),
+            strict=True,
+        )
+        chosen, rejected = mpo.beta * (own[0].sum() - ends[0]), mpo.beta * (own[1].sum() - ends[1])
         right, wrong = torch.sigmoid(chosen - rejected), torch.sigmoid(rejected - chosen)
         preference = -(1 - mpo.label_smoothing) * torch.log(right) - mpo.label_smoothing * torch.log(wrong)
         quality = -torch.log(torch.sigmoid(chosen - delta)) - torch.log(torch.sigmoid(-(rejected - delta)))
-        generation = -current[pair.chosen].mean()
+        generation = -own[0].mean()
         loss = mpo.preference_weight * preference + mpo.quality_weight * quality + generation_weight * generation
         total = total + mpo.weight * loss / len(batch.pairs)
     return total

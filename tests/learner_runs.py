@@ -12,23 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
+from learner_cases import build_policy
 
-LIMIT = 400
+SCRIPT = Path(__file__).with_name("learner_mpo_cases.py")
+LIMIT = 600
 Weights = dict[str, np.ndarray]
+Results = dict[tuple[int, int], dict[Any, Any]]
+"""(world size, rank) → (case, ZeRO stage) → what happened there."""
+SHARED: list[tuple[Path, Results]] = []
 
 
-def run_all(script: str, policy: Path, work: Path) -> dict[tuple[int, int], dict[Any, Any]]:
-    """(world size, rank) → results of all cases of ``script``, one rank alone and then two together."""
-    found = {}
+def run_all(folders: pytest.TempPathFactory) -> tuple[Path, Results]:
+    """The starting policy, and the results of all cases, one rank alone and then two together; run once a session."""
+    if SHARED:
+        return SHARED[0]
+    torch.set_num_threads(1)
+    policy, work = folders.mktemp("policy"), folders.mktemp("ranks")
+    found: Results = {}
+    build_policy(policy)
     for world_size in (1, 2):
-        run_ranks(Path(__file__).with_name(script), policy, work, world_size)
+        run_ranks(SCRIPT, policy, work, world_size)
         for rank in range(world_size):
             file = work / f"results-{world_size}-{rank}.pkl"
             found[world_size, rank] = pickle.loads(file.read_bytes())
             file.unlink()  # pytest would keep hundreds of megabytes of three sessions
     for checkpoint in work.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return found
+    SHARED.append((policy, found))
+    return SHARED[0]
 
 
 def run_ranks(script: Path, policy: Path, work: Path, world_size: int) -> None:

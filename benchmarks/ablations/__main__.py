@@ -154,10 +154,10 @@ class Grid:
 
 def build_models(job: Job) -> None:
     """Build or find the embedded models before the workers want them at the same time."""
-    from skyrl.digits.embedded import embedded_models
-    from skyrl.launch import compose_config
+    from skyrl.cli import compose_config
+    from skyrl.run import model_folders
 
-    embedded_models(compose_config(job.overrides()).model)
+    model_folders(compose_config(job.overrides()))
 
 
 def commit() -> str:

@@ -11,7 +11,7 @@ SEEDS = (0, 1, 2, 3, 4)
 
 BASE = (
     "name=ablation",
-    "data.kinds=[max,min,count]",
+    "digits.kinds=[max,min,count]",
     "rollout.prompts_per_step=32",
     "controller.steps=30",
     "evaluation.every=10",
@@ -27,9 +27,9 @@ answered after a false reading, so that the answer alone punishes it less than s
 rate, so that what a method does wrong shows within so few steps."""
 
 QUICK = (
-    "model.warm_start_steps=60",
-    "model.reward_body_steps=10",
-    "model.reward_steps=4",
+    "digits.warm_start_steps=60",
+    "digits.reward_body_steps=10",
+    "digits.reward_steps=4",
     "rollout.prompts_per_step=4",
     "rollout.samples_per_prompt=4",
     "controller.steps=2",

@@ -31,7 +31,7 @@ EVALUATION_METRICS = ("eval/",)
 
 def prepare_environment() -> None:
     """One thread for everything: two workers fill two cores better than one worker with two threads."""
-    from skyrl.crew.placement import COMMON_ENVIRONMENT
+    from skyrl.crew.ray_executor import COMMON_ENVIRONMENT
     from skyrl.rollout.environment import rollout_environment
     from skyrl.settings import RolloutConfig
 
@@ -40,35 +40,39 @@ def prepare_environment() -> None:
 
 
 class Worker:
-    """Runs jobs one after the other on one vLLM engine."""
+    """Runs jobs one after the other in this process: the loop and the members are those of every run, without Ray.
+
+    The vLLM engine starts once and gets the warm-started weights back before each run; all else is made anew.
+    """
 
     def __init__(self) -> None:
-        self.rollout: Any = None
+        self.rollouts: Any = None
 
     def run(self, job: Job, commit: str) -> Row:
-        from benchmarks.ablations.local import local_pools
-        from skyrl.crew.workers import RolloutActor
+        from skyrl.cli import compose_config
+        from skyrl.crew.crew import LocalExecutor
+        from skyrl.crew.placement import Placement
         from skyrl.data.stream import PromptStream
-        from skyrl.launch import compose_config
-        from skyrl.loop import Controller
+        from skyrl.loop import Loop
         from skyrl.run import model_folders
-        from skyrl.settings.validation import validate
+        from skyrl.system import rollout_crew, start_system
 
         cfg = compose_config(job.overrides())
-        validate(cfg)
         policy, reward = model_folders(cfg)
-        if self.rollout is None:
-            self.rollout = RolloutActor(cfg, policy)
+        executor = LocalExecutor()
+        if self.rollouts is None:
+            here = Placement(cfg, [{"Resources": {"CPU": 1}}])
+            self.rollouts = rollout_crew(cfg, here, policy, executor)
+        self.rollouts.each(_use, cfg)
         started = time.monotonic()
         sink = _Sink()
-        with tempfile.TemporaryDirectory() as folder:
-            pools = local_pools(cfg, self.rollout, policy, reward)
-            sizes = self.rollout.sizes()
-            stream = PromptStream(sizes["train"], cfg.controller.seed)
-            controller = Controller(cfg, pools, stream, sizes["eval"], sink, Path(folder))
-            controller.run()
-            pools.reward.actor.scorer.close()  # type: ignore[attr-defined]
-        del controller, pools
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            start_system(cfg, policy, reward, executor, rollouts=self.rollouts) as system,
+        ):
+            stream = PromptStream(system.sizes()["train"], cfg.controller.seed)
+            Loop(cfg, system, stream, sink, Path(folder)).run()
+        del system
         gc.collect()
         return {
             "key": job.key,
@@ -80,6 +84,11 @@ class Worker:
             "evaluations": sink.evaluations,
             "steps": sink.steps,
         }
+
+
+def _use(sampler: Any, cfg: Any) -> None:
+    """The next run's settings; its engine's own (lengths, sequences) are the same in every run of the grid."""
+    sampler.cfg = cfg
 
 
 class _Sink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -16,14 +17,18 @@ from skyrl.records import SkyrlError
 logger = logging.getLogger(__name__)
 MANIFEST = "COMPLETE.json"
 STATE = "state.json"
+FORMAT = 2
+"""Layout of a checkpoint. 1 was written before rollouts could be asked for ahead, and can't be read any more."""
 SETTINGS = "config.json"
 """A run folder's file of settings."""
+LOCK = ".lock"
+"""A run folder's lock file."""
 FREE = (
     *("resume", "run_dir", "monitoring.", "cluster.", "checkpoint.", "evaluation.", "hallucination.", "filter."),
-    *("controller.steps", "controller.timeout", "model.cache_dir", "data.eval_size"),
+    *("controller.steps", "controller.timeout", "digits.cache_dir", "data.eval_size"),
 )
 """Settings (or their beginnings) that a resumed run may change without a word."""
-FIXED = ("data.", "model.")
+FIXED = ("data.", "model.", "digits.")
 """Beginnings of settings that it may not change; paths of data may, because files move."""
 
 
@@ -46,20 +51,33 @@ class Checkpoints:
 
         Args:
             step: Step that was finished.
-            state: The controller's own small state, written as JSON.
+            state: The loop's own small state, written as JSON.
+
+        Raises:
+            SkyrlError: if it can't be written, for example on a full disk. The checkpoints before are still there.
         """
         target = self.folder / f"step_{step:06d}"
         temporary = self.folder / f".writing_{step:06d}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        (temporary / STATE).write_text(json.dumps(state, indent=2))
-        manifest = {"step": step, "files": {name: _digest(temporary / name) for name in _files(temporary)}}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        for old in self.complete()[self.keep :]:
-            shutil.rmtree(old)
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            (temporary / STATE).write_text(json.dumps(state | {"format": FORMAT}, indent=2))
+            manifest = {"step": step, "files": {name: _digest(temporary / name) for name in _files(temporary)}}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            for old in self.complete()[self.keep :]:
+                shutil.rmtree(old)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would keep the disk full
+            if isinstance(error, OSError):
+                free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
+                raise SkyrlError(
+                    f"checkpoint of step {step} could not be written to {self.folder}: {error} ({free / 1e9:.1f} GB "
+                    "are free there); the checkpoints before it are complete"
+                ) from error
+            raise
 
     def complete(self) -> list[Path]:
         """Folders that carry a manifest, newest first. Their content is not checked here."""
@@ -69,8 +87,17 @@ class Checkpoints:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The controller's state of a checkpoint."""
+    """The loop's state of a checkpoint.
+
+    Raises:
+        SkyrlError: if another version of skyrl wrote it.
+    """
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    if state.get("format", 1) != FORMAT:
+        raise SkyrlError(
+            f"checkpoint {folder} has layout {state.get('format', 1)}, this version of skyrl reads layout {FORMAT}: "
+            "checkpoints of other versions can't be resumed; start a new run from the policy that the old one exported"
+        )
     return state
 
 
@@ -119,8 +146,8 @@ def find_checkpoint(resume: str, run_dir: Path, name: str) -> Path | None:
         return None
     if resume != "auto":
         verify(Path(resume))
-        return Path(resume)
-    runs = [run_dir] if own else [run for run in _siblings(run_dir) if _name_of(run) == name]
+        return Path(resume).resolve()
+    runs = [run_dir] if own else [run for run in _siblings(run_dir) if _name_of(run) == name and not in_use(run)]
     manifests = [manifest for run in runs for manifest in run.glob(f"checkpoints/step_*/{MANIFEST}")]
     for folder in sorted((p.parent for p in manifests), key=lambda p: (p / MANIFEST).stat().st_mtime, reverse=True):
         try:
@@ -128,20 +155,39 @@ def find_checkpoint(resume: str, run_dir: Path, name: str) -> Path | None:
         except SkyrlError as error:
             logger.warning("skipped: %s", error)
             continue
-        return folder
+        return folder.resolve()
     for folder in sorted(folder for run in runs for folder in run.glob("checkpoints/step_*")):
         if not (folder / MANIFEST).exists():
             logger.warning("skipped: checkpoint %s has no %s", folder, MANIFEST)
     return None
 
 
+def in_use(run_dir: Path) -> bool:
+    """True if a living process holds the folder."""
+    try:
+        with (run_dir / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _siblings(run_dir: Path) -> list[Path]:
     return sorted(path.parent for path in run_dir.parent.glob(f"*/{SETTINGS}"))
 
 
-def _name_of(run: Path) -> str:
-    name: str = json.loads((run / SETTINGS).read_text())["name"]
-    return name
+def _name_of(run: Path) -> str | None:
+    """Name of the run that a folder is of; None, with a warning, if its file of settings is none of ours."""
+    try:
+        settings = json.loads((run / SETTINGS).read_text())
+        return str(settings["name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning(
+            "skipped: %s is no file of settings of a run (%s: %s)", run / SETTINGS, type(error).__name__, error
+        )
+        return None
 
 
 def check_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

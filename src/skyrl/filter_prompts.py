@@ -8,31 +8,25 @@ the libraries behind it are imported.
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
-import signal
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from skyrl.interfaces import Handle
-from skyrl.launch import compose_config
-from skyrl.loop import Pools
+from skyrl.cli import read_settings, run_command
 from skyrl.monitoring.console import percent
 from skyrl.records import ConfigError, RolloutRequest, SampleGroup, SkyrlError
 from skyrl.settings import Config
-from skyrl.settings.validation import validate
 
 if TYPE_CHECKING:
     from skyrl.data.pool import PoolRow
+    from skyrl.system import System
 
 STEP = 0
 """Part of every sample's seed. Training begins at step 1, so it never repeats these answers."""
@@ -42,7 +36,7 @@ HELP = """\
 Samples the starting policy on the training prompts and writes each prompt's pass rate to a Parquet file, so that
 training can leave out what is always right or always wrong.
 
-Usage: python -m skyrl.filter_prompts [group=option ...] [key=value ...]
+Usage: python -m skyrl.filter_prompts [group=option ...] [key=value ...] [options]
 
 Settings are those of python -m skyrl.launch. The ones that matter most here:
   filter.output=pool.parquet       the file written, when the whole pass is done
@@ -60,32 +54,15 @@ docs/selective_sample_buffer.md explains the pass, docs/configuration.md every s
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 failed, 2 wrong settings, 130 interrupted."""
-    arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(HELP, end="")
-        return
-    try:
-        if options := [argument for argument in arguments if argument.startswith("-")]:
-            raise ConfigError(f"{options[0]}: there is no such option; allowed are key=value and --help")
-        config = compose_config(arguments)
-        validate(config, with_learner=False)
+    """Entry point; exit codes as :func:`skyrl.cli.run_command` says."""
+    run_command(_work, "interrupted; no pool was written")
+
+
+def _work() -> None:
+    config = read_settings(sys.argv[1:], HELP, with_learner=False)
+    if config is not None:
         _check_output(Path(config.filter.output))
-    except ConfigError as error:
-        print(f"wrong settings:\n{error}", file=sys.stderr)
-        sys.exit(2)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in skyrl.launch: this process may train the embedded models
-    started = time.monotonic()
-    try:
         filter_prompts(config, Console())
-    except KeyboardInterrupt:
-        print("interrupted; no pool was written", file=sys.stderr)
-        sys.exit(130)
-    except SkyrlError as error:
-        print(f"failed after {time.monotonic() - started:.0f} s: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def filter_prompts(cfg: Config, console: Console) -> Path:
@@ -97,32 +74,20 @@ def filter_prompts(cfg: Config, console: Console) -> Path:
     Raises:
         SkyrlError: whatever went wrong in an actor, or if the pool can't be written. Nothing half-written is left.
     """
-    import ray
-
-    from skyrl.crew.pools import fetch
-    from skyrl.crew.system import ray_session, start_system
+    from skyrl.crew.ray_executor import ray_session
+    from skyrl.data.datasets import build_datasets
     from skyrl.data.pool import write_pool
-    from skyrl.run import model_folders
+    from skyrl.run import model_folders, with_absolute_paths
+    from skyrl.system import start_system
 
     output = Path(cfg.filter.output).absolute()
-    # Actors on a joined cluster need not share this process's working folder.
-    paths = {name: getattr(cfg.data, name) for name in ("train_path", "eval_path")}
-    absolute: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in paths.items() if path is not None}
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **absolute))
+    cfg = with_absolute_paths(cfg)
     policy, reward = model_folders(cfg)
-    try:
-        with ray_session(cfg, namespace=f"skyrl-filter-{cfg.name}-{os.getpid()}"):
-            console.print(f"starting {cfg.rollout.num_workers} rollout and {cfg.reward.num_workers} reward actors")
-            with start_system(cfg, policy, reward, learner=False) as system:
-                size = system.rows["train"]
-                count = min(size, cfg.filter.rows or size)
-                timeout = cfg.controller.timeout
-                rows = roll_out(cfg, system.pools, count, lambda parts: fetch(parts, timeout, "a chunk"), console)
-    except ray.exceptions.RayTaskError as error:
-        cause = getattr(error, "cause", None)
-        raise cause if isinstance(cause, SkyrlError) else SkyrlError(str(error)) from error
-    except ray.exceptions.RayError as error:
-        raise SkyrlError(f"Ray: {error}") from error
+    with ray_session(cfg, namespace=f"skyrl-filter-{cfg.name}-{os.getpid()}"):
+        console.print(f"starting {cfg.rollout.num_workers} rollout and {cfg.reward.num_workers} reward members")
+        with start_system(cfg, policy, reward, train=False) as system:
+            size = system.sizes()["train"]
+            rows = roll_out(cfg, system, min(size, cfg.filter.rows or size), console)
     origin = {
         "policy": policy,
         "samples_per_prompt": cfg.rollout.samples_per_prompt,
@@ -130,39 +95,32 @@ def filter_prompts(cfg: Config, console: Console) -> Path:
         "seed": cfg.controller.seed,
     }
     try:
-        write_pool(output, rows, cfg.data, size, **origin)
+        write_pool(output, rows, cfg.data, build_datasets(cfg)["train"], **origin)
     except OSError as error:
         raise SkyrlError(f"{output}: could not be written: {error}") from error
     print_summary(rows, size, output, console)
     return output
 
 
-def roll_out(
-    cfg: Config,
-    pools: Pools,
-    count: int,
-    fetch: Callable[[list[Handle]], list[list[SampleGroup]]],
-    console: Console,
-) -> list[PoolRow]:
+def roll_out(cfg: Config, system: System, count: int, console: Console) -> list[PoolRow]:
     """Sample and score the first ``count`` training rows, ``rollout.prompts_per_step`` at a time, with a progress bar.
-
-    Args:
-        fetch: gets the values of handles.
 
     Returns:
         One row per prompt, in order.
     """
     from skyrl.data.pool import PoolRow
+    from skyrl.rewards.rewarder import Rewarder
+    from skyrl.rollout.sampler import Sampler
 
     rollout, found = cfg.rollout, list[PoolRow]()
-    asked: deque[tuple[range, list[Handle]]] = deque()
+    asked: deque[tuple[range, list[list[SampleGroup]]]] = deque()
     columns = (TextColumn("rolling out"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as bar:
         task = bar.add_task("", total=count)
 
         def collect() -> None:
-            rows, handles = asked.popleft()
-            groups = [group for part in fetch(handles) for group in part]
+            rows, promises = asked.popleft()
+            groups = [group for part in system.rewards.fetch(promises) for group in part]
             found.extend(PoolRow.of(row, group) for row, group in zip(rows, groups, strict=True))
             bar.update(task, completed=len(found))
 
@@ -171,7 +129,8 @@ def roll_out(
             request = RolloutRequest(
                 "train", tuple(rows), STEP, rollout.samples_per_prompt, greedy=False, seed=cfg.controller.seed
             )
-            asked.append((rows, pools.reward.score(pools.rollout.generate(request))))
+            fresh = system.rollouts.deal(Sampler.generate, request.shared_by(len(system.rollouts)))
+            asked.append((rows, system.rewards.deal(Rewarder.score, fresh)))
             if len(asked) == IN_FLIGHT:
                 collect()
         while asked:

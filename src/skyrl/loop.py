@@ -2,70 +2,49 @@
 
 ::
 
-    PromptStream ──rows──▶ rollout pool ──groups──▶ reward pool ──scored──▶ buffer ──TrainBatch──▶ learner pool
-         ▲                     ▲                                             (add, draw,              │
-         │                     └──────────── weights v+1, proved by a probe ◀─assemble)───────────────┘
+    PromptStream ──rows──▶ Sampler ──groups──▶ Rewarder ──scored──▶ Batcher ──TrainBatch──▶ LearnerStep
+         ▲                    ▲                                   (add, draw,                  │
+         │                    └──────────── weights v+1, proved by a probe ◀──assemble)────────┘
        state ──▶ checkpoint
 
-Who waits for whom in one step: scoring starts as each rollout part is ready; the buffer waits for all scored parts;
-the learner for the batch; the next rollout for the proved sync. So every fresh sample is on-policy. Everything that
-moves between actors is a handle: this process never holds a tensor or a picture.
+Everything that moves between members is a promise: this process never holds a tensor or a picture.
 
-Two branches of a step: ``algorithm.mpo.pairs=dropout_ntp`` sends the scored groups back to the rollout pool, which
-continues the chosen answers without the picture; ``data.pairs_path`` (offline MPO) takes the whole batch from a file
-instead of rollout, reward and buffer.
+``controller.lag`` 0: the rollout of a step is asked for when the step begins; every fresh answer is on-policy. Lag L:
+the rollout of step k+L is asked for before step k is trained, so sampling runs beside the learner, and fresh answers
+are L versions old (the first L steps less); every sample records its version, and the ratio corrects. New weights wait
+for the answers that were asked for before them: an answer has one version (docs/architecture.md has the price).
 
-The seam for overlap is ``_sample``: it returns handles at once, so asking for step k+1 before ``learner.train_step``
-of step k gives rollouts that are one version old, which every sample records and the ratio corrects.
+Two branches of a step: ``algorithm.mpo.pairs=dropout_ntp`` lets the scored answers be continued without the picture;
+``data.pairs_path`` (offline MPO) takes the whole batch from a file instead of rollout, reward and buffer.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from skyrl.ahead import Ahead
+from skyrl.batch.batcher import Batcher
 from skyrl.checkpoint import Checkpoints, read_state
 from skyrl.data.stream import PromptStream
-from skyrl.interfaces import (
-    BufferService,
-    Handle,
-    LearnerPool,
-    Metrics,
-    MetricSink,
-    RewardPool,
-    RolloutPool,
-    WeightSyncer,
-)
-from skyrl.monitoring.records import read_json, write_json
-from skyrl.records import RolloutRequest
-from skyrl.settings import Config, PairSource
-
-logger = logging.getLogger(__name__)
+from skyrl.evaluation.in_training import evaluate_policy
+from skyrl.learner.step import LearnerStep
+from skyrl.monitoring.laps import Laps
+from skyrl.monitoring.sinks import MetricSink
+from skyrl.records import Metrics, StepReport, TrainBatch
+from skyrl.rollout.sampler import Sampler
+from skyrl.settings import Config
+from skyrl.system import System
 
 
-@dataclass(slots=True)
-class Pools:
-    """Everything that the controller gives orders to. Only a system that does not train lacks the last three."""
-
-    rollout: RolloutPool
-    reward: RewardPool
-    buffer: BufferService = None  # type: ignore[assignment]
-    learner: LearnerPool = None  # type: ignore[assignment]
-    syncer: WeightSyncer = None  # type: ignore[assignment]
-
-
-class Controller:
-    """Runs ``controller.steps`` synchronous steps.
+class Loop:
+    """Runs ``controller.steps`` steps.
 
     Args:
         cfg: The whole configuration.
-        pools: The workers.
+        system: The members.
         stream: Order of the training prompts: numbers of the rows, or places in ``rows``.
-        eval_size: Number of evaluation prompts.
         sink: Where metrics go.
         run_dir: The run's folder.
         rows: The data set's rows to train on (a filtered pool); None means all.
@@ -75,26 +54,22 @@ class Controller:
     def __init__(
         self,
         cfg: Config,
-        pools: Pools,
+        system: System,
         stream: PromptStream,
-        eval_size: int,
         sink: MetricSink,
         run_dir: Path,
         rows: Sequence[int] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.cfg, self.pools, self.stream, self.sink, self.run_dir = cfg, pools, stream, sink, run_dir
-        self.rows = rows
-        self.eval_rows = tuple(range(eval_size))
+        self.cfg, self.system, self.sink, self.run_dir, self.clock = cfg, system, sink, run_dir, clock
+        self.ahead = Ahead(cfg, system, stream, rows)
         self.checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
-        self.clock = clock
-        self.step = 0
-        self.version = 0
+        self.step = self.version = 0
         self.seconds_training = 0.0
 
     def run(self) -> None:
         """Train from the current step to the last one, evaluating and saving on schedule."""
-        self.sink.log(self.step, self.pools.syncer.sync(self.version))
+        self.sink.log(self.step, self.system.syncer.sync(self.version))
         if self.step == 0:
             self._evaluate()
         while self.step < self.cfg.controller.steps:
@@ -107,124 +82,70 @@ class Controller:
             if self._due(self.cfg.checkpoint.every):
                 self._save()
         if self.cfg.checkpoint.export:
-            self.pools.learner.export(self.run_dir / "policy")
+            self.system.learners.each(LearnerStep.export, self.run_dir / "policy")
 
     def _train_step(self) -> Metrics:
-        times = _Stopwatch(self.clock)
-        batch, metrics = self._offline_batch(times) if self.cfg.data.pairs_path else self._batch(times)
-        metrics = metrics | self.pools.learner.train_step(batch)
-        times.lap("time/learner")
+        laps = Laps(self.clock)
+        if self.cfg.data.pairs_path is None:
+            self.ahead.ask_until(self.step + self.cfg.controller.lag)
+            batch, report = self._batch(laps)
+        else:
+            batch, told = self.system.buffer.pair(Batcher.offline, self.step, self.version)
+            report = self.system.buffer.fetch([told])[0]
+            laps.end("time/buffer")
+        metrics = report.metrics | self.system.learners.each(LearnerStep.train_step, batch)[0]
+        laps.end("time/learner")
+        if self.cfg.controller.lag:
+            metrics |= self._finish_sampling(laps)
         self.version += 1
-        metrics |= self.pools.syncer.sync(self.version)
-        times.lap("time/sync")
-        total = times.total()
-        metrics["throughput/samples_per_second"] = metrics.pop("rollout_samples") / total
-        metrics["throughput/tokens_per_second"] = metrics.pop("rollout_tokens") / total
-        return metrics | times.laps | {"time/step": total}
+        metrics |= self.system.syncer.sync(self.version)
+        laps.end("time/sync")
+        total = laps.total()
+        metrics["throughput/samples_per_second"] = report.samples / total
+        metrics["throughput/tokens_per_second"] = report.tokens / total
+        return metrics | laps.seconds | {"time/step": total}
 
-    def _batch(self, times: _Stopwatch) -> tuple[Handle, Metrics]:
-        """Sample, score, replay: the handle of the step's batch."""
-        fresh = self._sample()
-        scored = self.pools.reward.score(fresh)
-        self.pools.rollout.wait(fresh)
-        times.lap("time/rollout")
-        self.pools.reward.wait(scored)
-        times.lap("time/reward")
-        mpo_weight = self.cfg.algorithm.weights(self.step)[1]
-        if self.cfg.algorithm.mpo.pairs is PairSource.dropout_ntp and mpo_weight > 0:
-            scored = self.pools.rollout.continue_blind(scored, self.step)
-            self.pools.rollout.wait(scored)
-            times.lap("time/blind")
-        batch, metrics = self.pools.buffer.exchange(scored, self.step, self.version)
-        times.lap("time/buffer")
-        return batch, metrics
+    def _batch(self, laps: Laps) -> tuple[TrainBatch, StepReport]:
+        """Wait for this step's answers and their scores, replay, and make the (promised) batch."""
+        rollout = self.ahead.take(self.step)
+        self.system.rollouts.wait(rollout.fresh)
+        laps.end("time/rollout")
+        self.system.rewards.wait(rollout.judged)
+        laps.end("time/reward")
+        if rollout.scored is not rollout.judged:
+            self.system.rollouts.wait(rollout.scored)
+            laps.end("time/blind")
+        batch, told = self.system.buffer.pair(Batcher.exchange, self.step, self.version, *rollout.scored)
+        report = self.system.buffer.fetch([told])[0]
+        laps.end("time/buffer")
+        return batch, report
 
-    def _offline_batch(self, times: _Stopwatch) -> tuple[Handle, Metrics]:
-        batch, metrics = self.pools.buffer.offline(self.step)
-        times.lap("time/buffer")
-        return batch, metrics
-
-    def _sample(self) -> list[Handle]:
-        """Ask for this step's rollouts; returns at once."""
-        rollout = self.cfg.rollout
-        places = self.stream.take(rollout.prompts_per_step)
-        rows = places if self.rows is None else tuple(int(self.rows[place]) for place in places)
-        seed = self.cfg.controller.seed
-        return self.pools.rollout.generate(
-            RolloutRequest("train", rows, self.step, rollout.samples_per_prompt, greedy=False, seed=seed)
-        )
+    def _finish_sampling(self, laps: Laps) -> Metrics:
+        """Wait for the answers to later steps, so that the sync that follows takes its own time only."""
+        ahead = self.ahead.sampling()
+        self.system.rollouts.wait(ahead)
+        waited = laps.end("time/rollout")
+        sampled = self.system.rollouts.seconds(Sampler.generate) if ahead else 0.0
+        return {"overlap/rollout": max(0.0, sampled - waited)}
 
     def _due(self, every: int) -> bool:
         return self.step == self.cfg.controller.steps or (every > 0 and self.step % every == 0)
 
     def _evaluate(self) -> None:
-        started = self.clock()
-        request = RolloutRequest("eval", self.eval_rows, self.step, 1, greedy=True, seed=self.cfg.controller.seed)
-        scored = self.pools.reward.score(self.pools.rollout.generate(request))
-        self.pools.reward.wait(scored)
-        asked = self.clock()
-        blind, drop = self._probe(request, scored)
-        probed = self.clock()
-        path = self.run_dir / "gallery.json"
-        chosen = read_json(path) if self.step > 0 and path.is_file() else None
-        metrics, gallery = self.pools.reward.evaluate(scored, blind, chosen)
-        write_json(path, gallery)
-        if self.step == 0 and metrics.get("eval/format") == 0:
-            logger.warning(
-                "no answer of the first evaluation has the form <think>…</think><answer>…</answer>, and only what "
-                "stands inside the answer tags is scored: let the questions ask for it (docs/data.md)"
-            )
-        if self.cfg.hallucination.probe_prompts:
-            metrics = metrics | drop | {"eval/probe_seconds": probed - asked}
-        self.sink.log(self.step, metrics | {"eval/seconds": self.clock() - started})
-
-    def _probe(self, request: RolloutRequest, scored: list[Handle]) -> tuple[list[Handle], Metrics]:
-        """What the policy says without the picture, and how much its own answers depend on it."""
-        limit = self.cfg.hallucination.probe_prompts
-        if not limit:
-            return [], {}
-        blind_request = replace(request, rows=request.rows[:limit], blind=True)
-        blind = self.pools.reward.score(self.pools.rollout.generate(blind_request))
-        self.pools.reward.wait(blind)
-        return blind, self.pools.learner.picture_drop(scored)
+        self.sink.log(self.step, evaluate_policy(self.cfg, self.system, self.step, self.run_dir, self.clock))
 
     # ------------------------------------------------------------ state
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "version": self.version,
-            "seconds_training": self.seconds_training,
-            "stream": self.stream.state_dict(),
-        }
-
     def _save(self) -> None:
-        with self.checkpoints.writing(self.step, self._state()) as folder:
-            self.pools.learner.save(folder / "learner")
-            self.pools.buffer.save(folder / "buffer.pkl")
+        state = {"step": self.step, "version": self.version, "seconds_training": self.seconds_training}
+        with self.checkpoints.writing(self.step, state | self.ahead.state_dict()) as folder:
+            self.system.learners.each(LearnerStep.save, folder / "learner")
+            self.ahead.save(folder / "buffer.pkl")
 
     def restore(self, folder: Path) -> None:
         """Continue after the step that the (verified) checkpoint ``folder`` was written at."""
         state = read_state(folder)
-        self.pools.learner.load(folder / "learner")
-        self.pools.buffer.load(folder / "buffer.pkl")
-        self.stream.load_state_dict(state["stream"])
+        self.system.learners.each(LearnerStep.load, folder / "learner")
+        self.ahead.load(folder / "buffer.pkl", state, state["step"])
         self.step, self.version = state["step"], state["version"]
         self.seconds_training = state["seconds_training"]
-
-
-class _Stopwatch:
-    """Lap times of one step."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.laps: Metrics = {}
-        self.started = self.last = clock()
-
-    def lap(self, name: str) -> None:
-        now = self.clock()
-        self.laps[name] = now - self.last
-        self.last = now
-
-    def total(self) -> float:
-        return self.last - self.started

@@ -11,14 +11,14 @@ tokens, ``G`` the number of samples in a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-BLIND_SUFFIX = "#blind"
-"""Ends the id of a prompt that is asked without its picture: caches go by id."""
+Metrics = dict[str, float]
+"""Metric name (docs/metrics.md defines each) → value. What was not measured has no key."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -44,8 +44,16 @@ class Prompt:
     kind: str = "default"
     """Family of the question; accuracy is also reported per kind."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What is known to be true of the picture. ``{}`` if unknown: then no claim can be checked.
-    Digit scenes have ``{"grid": [[3, 1], [4, 1]]}``, the digits row by row. Never shown to the policy."""
+    """What is known to be true of the picture, by name of the checker that knows how to read it. ``{}`` if unknown:
+    then no claim can be checked. Never shown to the policy."""
+    variant: str = ""
+    """What was made of the data set's prompt: "" nothing, ``blind`` its pictures left out, ``masked`` most of each
+    picture blackened, ``pair`` a prompt of the file of preference pairs."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What caches go by: two prompts of one key are the same prompt."""
+        return self.id, self.variant
 
 
 @dataclass(slots=True)
@@ -56,10 +64,19 @@ class RewardParts:
     """The verifier's score in [0, 1]."""
     format: float
     """1.0 if the answer keeps the ``<think>…</think><answer>…</answer>`` form, else 0.0."""
-    model: float
-    """The reward model's raw scalar score r_θ (unbounded); ``nan`` when no reward model is used."""
+    model: float | None
+    """The reward model's raw scalar score r_θ (unbounded); ``None`` when no reward model is used."""
     total: float
     """What the group advantage is computed from: see ``rewards/hybrid.py``."""
+
+    @property
+    def right(self) -> bool:
+        """True for the full rule score; anything below is wrong."""
+        return self.rule >= 1.0
+
+
+_ALL = np.ones(0, dtype=bool)
+"""Stands for "every token" until the sample knows how many it has."""
 
 
 @dataclass(slots=True)
@@ -70,9 +87,9 @@ class Sample:
     """Place in its group, 0 … G-1."""
     token_ids: np.ndarray
     """int32 [T]: the answer's tokens, with the end-of-sequence token if it was reached."""
-    logprobs: np.ndarray
+    logprobs: np.ndarray | None
     """float32 [T]: log π_behaviour(token) under the distribution it was really drawn from
-    (temperature applied, forbidden tokens masked). All ``nan`` where that is unknown: offline pairs, and answers that
+    (temperature applied, forbidden tokens masked). ``None`` where that is unknown: offline pairs, and answers that
     were continued without the picture. Such a sample can be a member of a preference pair only."""
     text: str
     """The decoded answer, tags included, without the end-of-sequence token."""
@@ -95,11 +112,28 @@ class Sample:
     error: str | None = None
     """Why this sample could not be scored (verifier crashed, timed out). It takes no part in training
     and is counted; it is never a silent reward of 0."""
+    mask: np.ndarray = field(default_factory=lambda: _ALL)
+    """bool [T]: the tokens that the policy chose and that may be trained on; by default all of them. What stands there
+    without being the policy's choice (a tool's result), and a truncated answer that shall not train, is False."""
+
+    def __post_init__(self) -> None:
+        if self.mask is _ALL:
+            self.mask = np.ones(len(self.token_ids), dtype=bool)
+
+    @property
+    def right(self) -> bool:
+        """True for a scored answer with the full rule score."""
+        return self.error is None and self.reward is not None and self.reward.right
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that a loss may see."""
+        return int(self.mask.sum())
 
     @property
     def effective(self) -> bool:
-        """True if the sample carries a learning signal of the rule reward."""
-        return self.error is None and self.rule_advantage != 0.0
+        """True if the sample carries a learning signal of the rule reward, and tokens to put it on."""
+        return self.error is None and self.rule_advantage != 0.0 and bool(self.mask.any())
 
 
 @dataclass(slots=True)
@@ -116,12 +150,13 @@ class SampleGroup:
     the samples' ``false_claims`` of 0 say nothing."""
     blind: tuple[int, Sample] | None = None
     """``algorithm.mpo.pairs=dropout_ntp`` only: the place of the chosen sample in ``samples``, and its first half
-    continued without the picture, which becomes the rejected one (its log-probabilities are ``nan``)."""
+    continued without the picture, which becomes the rejected one (its log-probabilities are unknown)."""
 
 
 @dataclass(slots=True)
 class TrainItem:
-    """One sample on its way into the learner, fresh or replayed."""
+    """One sample on its way into the learner, fresh or replayed. It is *off-policy* if its ``policy_version`` is below
+    the batch's ``version``, for whichever of the two reasons."""
 
     prompt: Prompt
     prompt_ids: np.ndarray
@@ -130,7 +165,6 @@ class TrainItem:
     grpo_weight: float
     """Multiplies the sample's GRPO term: 1 for a fresh sample, the importance weight 1/(N·P) for a replayed
     one if the correction is on, 0 for a sample that is here only as a member of a preference pair."""
-    replayed: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -139,8 +173,8 @@ class PreferencePair:
 
     chosen: int
     rejected: int
-    margin: float
-    """r_θ(chosen) − r_θ(rejected), in the reward model's raw units; at least the threshold. ``nan`` where the reward
+    margin: float | None
+    """r_θ(chosen) − r_θ(rejected), in the reward model's raw units; at least the threshold. ``None`` where the reward
     model did not score both."""
 
 
@@ -150,12 +184,31 @@ class TrainBatch:
     so the denominators below are the same on every rank without any communication."""
 
     step: int
+    version: int
+    """Weight updates that the learner has received when it trains on this batch."""
+    weights: dict[str, float]
+    """Name of each term of the loss → its weight at this step; 0 for a term that this step does not train."""
     items: list[TrainItem]
     pairs: list[PreferencePair]
     grpo_samples: int
     """Samples with ``grpo_weight`` ≠ 0: denominator of sample-level averages over the whole step."""
     grpo_tokens: int
-    """Their answer tokens: denominator of token-level averages over the whole step."""
+    """Their trained tokens (``Sample.mask``): denominator of token-level averages over the whole step."""
+
+    def off_policy(self, item: TrainItem) -> bool:
+        """True if an older policy than the learner's drew the item's sample: replayed, or asked for ahead."""
+        return item.sample.policy_version < self.version
+
+
+@dataclass(slots=True, frozen=True)
+class StepReport:
+    """What the sample buffer says of one step."""
+
+    metrics: Metrics
+    samples: int
+    """Answers sampled for the step."""
+    tokens: int
+    """Their tokens."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -172,7 +225,13 @@ class RolloutRequest:
     seed: int
     """The run's seed. A sample's own seed is derived from (seed, step, prompt, sample index)."""
     blind: bool = False
-    """Ask without the picture: rows that have none are left out, and each prompt's id ends in :data:`BLIND_SUFFIX`."""
+    """Ask without the picture: rows that have none are left out; the prompts' ``variant`` says ``blind``."""
+
+    def shared_by(self, members: int) -> list[RolloutRequest]:
+        """At most so many requests that together ask the same rows in order, as equal in size as ⌈rows / members⌉
+        allows; none is empty."""
+        size = max(1, -(-len(self.rows) // members))
+        return [replace(self, rows=self.rows[at : at + size]) for at in range(0, len(self.rows), size)]
 
 
 @dataclass(slots=True)
@@ -205,3 +264,8 @@ class DataError(SkyrlError):
 
 class SyncError(SkyrlError):
     """The rollout workers do not hold the learner's weights."""
+
+
+def flatten(groups: Iterable[SampleGroup]) -> list[Sample]:
+    """All samples of ``groups`` in order."""
+    return [sample for group in groups for sample in group.samples]

@@ -2,112 +2,116 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-import ray
 from rich.console import Console
 
 from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, read_state
-from skyrl.crew.system import ray_session, start_system
+from skyrl.crew.crew import Executor
+from skyrl.crew.ray_executor import ray_session
 from skyrl.data.stream import PromptStream
-from skyrl.digits.embedded import embedded_models
-from skyrl.interfaces import MetricSink
-from skyrl.loop import Controller
-from skyrl.monitoring.gauges import RayGaugeSink
+from skyrl.loop import Loop
+from skyrl.monitoring.metrics import metric_table
 from skyrl.monitoring.records import jsonable, read_json, read_metrics, write_json
 from skyrl.monitoring.report import write_report
-from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
+from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, MetricSink, Sinks, WandbSink, wandb_mode
 from skyrl.monitoring.summary import print_summary, write_summary
-from skyrl.records import DataError, SkyrlError
-from skyrl.settings import Config, DataConfig, WandbMode
+from skyrl.records import DataError
+from skyrl.run_folder import held, new_folder
+from skyrl.settings import Config, WandbMode
+from skyrl.system import start_system
 
-logger = logging.getLogger(__name__)
+BUILT = {"digits": "skyrl.digits.source:models"}
+"""``model.policy`` and ``model.reward`` by name → the function that builds both."""
 
 
-def run(cfg: Config) -> dict[str, Any]:
+def run(cfg: Config, executor: Executor | None = None) -> dict[str, Any]:
     """Train, evaluate, save and report.
+
+    Args:
+        executor: Where the members run; None starts or joins Ray.
 
     Returns:
         What ``summary.json`` holds.
 
     Raises:
-        SkyrlError: whatever went wrong in an actor, with the actor's own message.
+        SkyrlError: whatever went wrong in a member, with its own message.
     """
     console = Console()
-    cfg = dataclasses.replace(cfg, data=_absolute_paths(cfg.data))
+    cfg = with_absolute_paths(cfg)
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir), cfg.name)
-    if checkpoint is not None:  # a resumed run goes on in its old folder
-        checkpoint = checkpoint.resolve()
-        cfg = dataclasses.replace(cfg, run_dir=str(checkpoint.parents[1]))
-        console.print(f"resuming from {checkpoint}")
-        settings = Path(cfg.run_dir) / SETTINGS
-        for change in check_settings(read_json(settings), jsonable(cfg)) if settings.is_file() else ():
-            console.print(f"changed since: {change}")
-    elif cfg.resume == "auto":
-        console.print("resume=auto: no complete checkpoint yet, a fresh run starts")
-    run_dir = Path(cfg.run_dir).resolve()
-    run_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
-        write_json(run_dir / SETTINGS, cfg)
-    rows = pool_rows(cfg.data)
-    if rows is not None:
-        check_size(len(rows), cfg)
-    policy, reward = model_folders(cfg)
-    try:
-        with ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}") as dashboard:
-            if dashboard:
-                console.print(f"Ray dashboard: http://{dashboard}")
-            counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
-            console.print("starting {} rollout, {} reward and {} learner actors, 1 sample buffer".format(*counts))
-            with start_system(cfg, policy, reward) as system:
-                size = system.rows["train"] if rows is None else len(rows)
-                check_size(size, cfg)
-                stream = PromptStream(size, cfg.data.seed)
-                controller = Controller(cfg, system.pools, stream, system.rows["eval"], Sinks([]), run_dir, rows)
-                if checkpoint is not None:  # nothing of the old run is overwritten before its state was accepted
-                    controller.restore(checkpoint)
-                    write_json(run_dir / SETTINGS, cfg)
-                with closing(_sinks(cfg, run_dir, checkpoint, console)) as controller.sink:
-                    controller.run()
-    except ray.exceptions.RayTaskError as error:
-        raise _own_error(error) from error
-    except ray.exceptions.RayError as error:
-        raise SkyrlError(f"Ray: {error}") from error
-    history = read_metrics(run_dir / "metrics.jsonl")
-    seconds = controller.seconds_training
-    summary = write_summary(run_dir / "summary.json", history, config=cfg, seconds_training=seconds)
-    report = write_report(run_dir)
-    print_summary(summary, report, console)
+        if cfg.resume == "auto":
+            console.print("resume=auto: no complete checkpoint yet, a fresh run starts")
+        run_dir = new_folder(Path(cfg.run_dir).resolve())
+    else:  # a resumed run goes on in its old folder
+        run_dir = checkpoint.parents[1]
+    cfg = cfg.model_copy(update={"run_dir": str(run_dir)})
+    with held(run_dir):
+        if checkpoint is None:
+            write_json(run_dir / SETTINGS, cfg)
+        else:
+            console.print(f"resuming from {checkpoint}")
+            settings = run_dir / SETTINGS
+            for change in check_settings(read_json(settings), jsonable(cfg)) if settings.is_file() else ():
+                console.print(f"changed since: {change}")
+        seconds = _train(cfg, run_dir, checkpoint, executor, console)
+        summary = write_summary(
+            run_dir / "summary.json", read_metrics(run_dir / "metrics.jsonl"), config=cfg, seconds_training=seconds
+        )
+        print_summary(summary, write_report(run_dir), console)
     return summary
 
 
+def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Executor | None, console: Console) -> float:
+    """Start everything, go through the steps, take everything down; seconds of the training steps."""
+    rows = pool_rows(cfg)
+    if rows is not None:
+        check_size(len(rows), cfg)
+    policy, reward = model_folders(cfg)
+    with ExitStack() as stack:
+        if executor is None:
+            dashboard = stack.enter_context(ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}"))
+            if dashboard:
+                console.print(f"Ray dashboard: http://{dashboard}")
+        counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
+        console.print("starting {} rollout, {} reward and {} learner members, 1 sample buffer".format(*counts))
+        system = stack.enter_context(start_system(cfg, policy, reward, executor))
+        size = system.sizes()["train"] if rows is None else len(rows)
+        check_size(size, cfg)
+        loop = Loop(cfg, system, PromptStream(size, cfg.data.seed), Sinks([]), run_dir, rows)
+        if checkpoint is not None:  # nothing of the old run is overwritten before its state was accepted
+            loop.restore(checkpoint)
+            write_json(run_dir / SETTINGS, cfg)
+        with closing(_sinks(cfg, run_dir, checkpoint, console)) as loop.sink:
+            loop.run()
+    return loop.seconds_training
+
+
 def model_folders(cfg: Config) -> tuple[str, str | None]:
-    """Folders of policy and reward model; builds the embedded ones if they are asked for and not cached."""
-    policy, reward = cfg.model.policy, cfg.model.reward
-    if "digits" in (policy, reward):
-        from transformers.utils import logging as transformers_logging
-
-        # It warns of the library's own default configuration, which is only compared with when ours is saved.
-        transformers_logging.set_verbosity_error()
-        own_policy, own_reward = embedded_models(cfg.model)
-        policy = str(own_policy) if policy == "digits" else policy
-        reward = str(own_reward) if reward == "digits" else reward
-    return str(Path(policy).resolve()), _absolute(reward)
+    """Folders of policy and reward model; models that have a name are built now, unless they are in their cache."""
+    found = [cfg.model.policy, cfg.model.reward]
+    for name in {model for model in found if model in BUILT}:
+        made = resolve_name(BUILT[name])(cfg)
+        found = [str(own) if model == name else model for model, own in zip(found, made, strict=True)]
+    policy, reward = found
+    # Links of a reward model's folder stay as they are.
+    return str(Path(str(policy)).resolve()), None if reward is None else str(Path(reward).absolute())
 
 
-def pool_rows(cfg: DataConfig) -> Sequence[int] | None:
+def pool_rows(cfg: Config) -> Sequence[int] | None:
     """Rows of the training data that ``data.pool_path`` leaves; None without a pool."""
-    if cfg.pool_path is None:
+    if cfg.data.pool_path is None:
         return None
     from skyrl.data import pool
     from skyrl.data.datasets import build_datasets
 
-    return pool.pool_rows(Path(cfg.pool_path), cfg, build_datasets(cfg)["train"]).tolist()
+    rows: list[int] = pool.pool_rows(Path(cfg.data.pool_path), cfg.data, build_datasets(cfg)["train"]).tolist()
+    return rows
 
 
 def check_size(size: int, cfg: Config) -> None:
@@ -125,20 +129,12 @@ def check_size(size: int, cfg: Config) -> None:
         )
 
 
-def _absolute_paths(data: DataConfig) -> DataConfig:
-    """Actors on a joined cluster need not share this process's working folder."""
-    return dataclasses.replace(
-        data,
-        train_path=_absolute(data.train_path),
-        eval_path=_absolute(data.eval_path),
-        pool_path=_absolute(data.pool_path),
-        pairs_path=_absolute(data.pairs_path),
-    )
-
-
-def _absolute(path: str | None) -> str | None:
+def with_absolute_paths(cfg: Config) -> Config:
+    """Members on a joined cluster need not share this process's working folder."""
+    names = ("train_path", "eval_path", "pool_path", "pairs_path")
     # Links stay as they are: relative pictures lie beside the link, and default ids have its name.
-    return None if path is None else str(Path(path).absolute())
+    paths = {name: str(Path(path).absolute()) for name in names if (path := getattr(cfg.data, name)) is not None}
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update=paths)})
 
 
 def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console) -> Sinks:
@@ -150,11 +146,7 @@ def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console
     if mode is not WandbMode.off:
         sinks.append(WandbSink(run_dir, project=cfg.monitoring.wandb_project, name=cfg.name, mode=mode, config=cfg))
     if cfg.monitoring.ray_metrics:
+        from skyrl.monitoring.gauges import RayGaugeSink
+
         sinks.append(RayGaugeSink(f"{cfg.name}/{run_dir.name}"))
-    return Sinks(sinks)
-
-
-def _own_error(error: ray.exceptions.RayTaskError) -> SkyrlError:
-    """The error that the actor raised, if it is one of ours; else Ray's, with the actor's traceback."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, SkyrlError) else SkyrlError(str(error))
+    return Sinks(sinks, metric_table(cfg))

@@ -7,18 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.settings import Config, ModelConfig, WandbMode
+from skyrl.digits.settings import DigitsConfig
+from skyrl.settings import Config, WandbMode
 
-TINY = {"warm_start_steps": 60, "reward_body_steps": 10, "reward_steps": 4}
+TINY = {"warm_start_steps": 90, "reward_body_steps": 10, "reward_steps": 4}
+"""Settings of the small models; with them and the fixture's cache, other processes find the same ones."""
 
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of embedded models that were trained for seconds only."""
-    from skyrl.digits.embedded import embedded_models
+    """A cache folder of embedded models that were trained for seconds only, on batches of 16 instead of 64: they keep
+    the form in most answers, and are right in some."""
+    from skyrl.digits import embedded, warm_start
 
     folder = tmp_path_factory.mktemp("models")
-    embedded_models(ModelConfig(cache_dir=str(folder), **TINY))
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(warm_start, "BATCH", 16)
+        embedded.embedded_models(DigitsConfig(cache_dir=str(folder), **TINY))
     return folder
 
 
@@ -28,8 +33,8 @@ def make_config(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def make(name: str, run_dir: Path | None = None) -> Config:
         cfg = Config(name=name, run_dir=str(run_dir or tmp_path_factory.mktemp(name)))
-        cfg.model = ModelConfig(cache_dir=str(model_cache), **TINY)
-        cfg.data.eval_size, cfg.data.text_share = 16, 0.3
+        cfg.digits = DigitsConfig(cache_dir=str(model_cache), text_share=0.3, **TINY)
+        cfg.data.eval_size = 16
         cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.rollout.max_new_tokens = 6, 4, 40
         cfg.learner.lr = 1e-3  # a step must be visible in the weights
         cfg.controller.steps = 2

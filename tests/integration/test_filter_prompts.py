@@ -26,7 +26,7 @@ def test_the_pass_writes_a_pool_that_training_can_read(make_config: Callable[...
     path = filter_prompts(cfg, console)
     assert path == Path(cfg.filter.output) and [file.name for file in path.parent.iterdir()] == ["pool.parquet"]
 
-    table, train = pq.read_table(path).to_pylist(), build_datasets(cfg.data)["train"]
+    table, train = pq.read_table(path).to_pylist(), build_datasets(cfg)["train"]
     assert [row["row"] for row in table] == list(range(14))  # chunks of 6, 6 and 2
     for row in table:
         prompt = train[row["row"]]
@@ -37,7 +37,7 @@ def test_the_pass_writes_a_pool_that_training_can_read(make_config: Callable[...
         assert (row["hallucination_rate"] is None) == (not prompt.images)
     assert {row["hallucination_rate"] is None for row in table} == {True, False}
     metadata = pool_metadata(path)
-    assert metadata["rows"] == cfg.data.train_size and metadata["samples_per_prompt"] == 4
+    assert metadata["rows"] == cfg.digits.train_size and metadata["samples_per_prompt"] == 4
     assert metadata["temperature"] == 1.0 and Path(metadata["policy"]).is_dir() and metadata["seed"] == 0
 
     between = [row["row"] for row in table if 0 < row["pass_rate"] < 1]

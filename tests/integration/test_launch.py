@@ -19,10 +19,10 @@ pytestmark = pytest.mark.integration
 
 
 def command(folder: Path, cache: Path, *overrides: str) -> list[str]:
-    settings = [f"model.{name}={value}" for name, value in TINY.items()]
+    settings = [f"digits.{name}={value}" for name, value in TINY.items()]
     small = [
         *("experiment=smoke", "controller.steps=2", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4"),
-        *("data.eval_size=8", "data.text_share=0.3", "cluster.dashboard=false", f"model.cache_dir={cache}"),
+        *("data.eval_size=8", "digits.text_share=0.3", "cluster.dashboard=false", f"digits.cache_dir={cache}"),
     ]
     return [sys.executable, "-m", "skyrl.launch", *small, *settings, f"run_dir={folder}/smoke/first", *overrides]
 

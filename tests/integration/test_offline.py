@@ -20,7 +20,7 @@ def test_pairs_from_a_file_train_the_policy(make_config: Callable[..., Config], 
     scenes = DigitScenes("train", 200, 0.2, seed=3)
     pairs = []
     for row in range(len(scenes)):
-        (prompt, faithful), (_, careless) = scenes.with_reasoning(row), scenes.with_careless_reasoning(row)
+        (prompt, faithful), (_, careless) = scenes.with_reasoning(row), scenes.with_reasoning(row, careless=True)
         if faithful != careless:
             pairs.append(TextPair(prompt, faithful, careless, 1.0))
     write_pairs(tmp_path / "pairs.parquet", pairs[:24])

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
-from skyrl.crew.pools import RayWeightSyncer
-from skyrl.crew.system import System, ray_session, start_system
+from skyrl.batch.batcher import Batcher
+from skyrl.crew.ray_executor import ray_session
+from skyrl.learner.step import LearnerStep
 from skyrl.policy.encode import PromptEncoder
 from skyrl.records import RolloutRequest, SampleGroup, SyncError
+from skyrl.rewards.rewarder import Rewarder
+from skyrl.rollout.sampler import Sampler
 from skyrl.run import model_folders
 from skyrl.settings import Config
+from skyrl.sync.syncer import Syncer
+from skyrl.system import System, start_system
 
 pytestmark = pytest.mark.integration
 
@@ -35,7 +39,7 @@ def session(config: Config) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def system(config: Config) -> Iterator[System]:
     with start_system(config, *model_folders(config)) as made:
-        made.pools.syncer.sync(0)
+        made.syncer.sync(0)
         yield made
 
 
@@ -44,7 +48,12 @@ def request(step: int = 1, rows: tuple[int, ...] = (0, 1, 2, 3, 4, 5), greedy: b
 
 
 def groups_of(system: System, asked: RolloutRequest) -> list[SampleGroup]:
-    return [group for part in ray.get(system.pools.rollout.generate(asked)) for group in part]
+    return [group for part in system.rollouts.each(Sampler.generate, asked) for group in part]
+
+
+def scored_parts(system: System, asked: RolloutRequest) -> list[list[SampleGroup]]:
+    """Promises of the scored groups."""
+    return system.rewards.deal(Rewarder.score, system.rollouts.deal(Sampler.generate, [asked]))
 
 
 def tokens(groups: list[SampleGroup]) -> list[list[int]]:
@@ -81,8 +90,8 @@ def test_samples_of_a_group_differ_and_greedy_ones_do_not_depend_on_the_step(sys
 
 
 def test_scoring_fills_every_part_of_the_reward(system: System) -> None:
-    scored = system.pools.reward.score(system.pools.rollout.generate(request()))
-    samples = [s for part in ray.get(scored) for group in part for s in group.samples]
+    parts = system.rewards.fetch(scored_parts(system, request()))
+    samples = [s for part in parts for group in part for s in group.samples]
     assert all(s.error is None and s.reward is not None for s in samples)
     assert all(np.isfinite([s.reward.rule, s.reward.format, s.reward.model, s.reward.total]).all() for s in samples)
 
@@ -91,7 +100,7 @@ def test_a_blind_request_leaves_out_the_picture_and_prompts_without_one(system: 
     asked = request(rows=tuple(range(24)), greedy=True)
     pictured = [group for group in groups_of(system, asked) if group.prompt.images]
     blind = groups_of(system, replace(asked, blind=True))
-    assert [group.prompt.id for group in blind] == [f"{group.prompt.id}#blind" for group in pictured]
+    assert [group.prompt.key for group in blind] == [(group.prompt.id, "blind") for group in pictured]
     # The embedded processor writes a picture as special tokens only.
     special = set(PromptEncoder.from_pretrained(model_folders(config)[0]).forbidden_token_ids())
     for with_picture, without in zip(pictured, blind, strict=True):
@@ -103,8 +112,8 @@ def test_a_blind_request_leaves_out_the_picture_and_prompts_without_one(system: 
 
 def test_the_best_answers_first_half_is_continued_without_the_picture(system: System, config: Config) -> None:
     def continued(step: int) -> list[SampleGroup]:
-        scored = system.pools.reward.score(system.pools.rollout.generate(request(rows=tuple(range(24)))))
-        parts = ray.get(system.pools.rollout.continue_blind(scored, step))
+        scored = scored_parts(system, request(rows=tuple(range(24))))
+        parts = system.rollouts.fetch(system.rollouts.deal(Sampler.continue_blind, scored, step))
         return [group for part in parts for group in part]
 
     groups = continued(step=1)
@@ -119,7 +128,7 @@ def test_the_best_answers_first_half_is_continued_without_the_picture(system: Sy
         assert chosen.reward.model == max(sample.reward.model for sample in ended)
         half = len(chosen.token_ids) // 2
         assert ids[:half] == chosen.token_ids[:half].tolist() and half < len(ids) <= config.rollout.max_new_tokens
-        assert not forbidden & set(ids) and np.isnan(made_up.logprobs).all() and len(made_up.logprobs) == len(ids)
+        assert not forbidden & set(ids) and made_up.logprobs is None
         assert made_up.truncated == (ids[-1] != encoder.tokenizer.eos_token_id)
         # Decoded as vLLM decoded the chosen answer, which begins with the same tokens.
         start = encoder.tokenizer.decode(ids[:half])
@@ -134,29 +143,31 @@ def test_the_best_answers_first_half_is_continued_without_the_picture(system: Sy
 
 
 def test_a_trained_but_unsynced_policy_is_noticed_and_a_sync_mends_it(system: System) -> None:
-    syncer = system.pools.syncer
-    before = syncer.sync(1)
+    before = system.syncer.sync(1)
     assert before["sync/logprob_gap"] < 1e-4
     _train(system, step=1, version=1)
-    assert syncer.gap()["largest"] > 1e-3  # the rollout still holds the old weights
-    assert syncer.sync(2)["sync/logprob_gap"] < 1e-4
+    assert system.syncer.gap().largest > 1e-3  # the rollout still holds the old weights
+    assert system.syncer.sync(2)["sync/logprob_gap"] < 1e-4
 
 
 def test_a_skipped_sync_stops_with_a_clear_error(system: System) -> None:
-    syncer = system.pools.syncer
+    class Skipping(Syncer):
+        def _send(self, version: int) -> dict[str, float]:
+            return {}
+
     _train(system, step=2, version=2)
-    skipping = RayWeightSyncer(syncer.learners, [_Without(a, "load_weights") for a in syncer.rollouts], syncer.cfg)
+    syncer = system.syncer
     message = r"after weight sync 3 .* at most, .* in the mean; rollout\.logprob_gap_limit for the largest is 0\.0001"
     with pytest.raises(SyncError, match=message):
-        skipping.sync(3)
+        Skipping(syncer.learners, syncer.rollouts, syncer.cfg).sync(3)
     syncer.sync(3)
 
 
 @pytest.mark.parametrize("part", ["lm_head", "connector", "layers.2.mlp.down_proj", "vision_model"])
 def test_one_stale_module_is_caught_by_the_probe(system: System, part: str) -> None:
     """A full snapshot in which one module still has other values: nothing is missing, only wrong."""
-    syncer = system.pools.syncer
-    snapshot = copy.deepcopy(ray.get(syncer.learners[0].snapshot.remote(4)))
+    snapshot = copy.deepcopy(system.learners.one(LearnerStep.snapshot, 4))
+    assert snapshot is not None
     names = [name for name in snapshot.names if (part if part != "lm_head" else "embed_tokens") in name]
     assert names
     snapshot.buffer = snapshot.buffer.copy()
@@ -166,14 +177,14 @@ def test_one_stale_module_is_caught_by_the_probe(system: System, part: str) -> N
         size = int(np.prod(snapshot.shapes[i])) * 4
         values = snapshot.buffer[snapshot.offsets[i] : snapshot.offsets[i] + size].view(np.float32)
         values += rng.normal(0, 0.01, values.shape).astype(np.float32)
-    ray.get([rollout.load_weights.remote(snapshot) for rollout in syncer.rollouts])
-    assert syncer.gap()["largest"] > 1e-4
-    assert syncer.sync(4)["sync/logprob_gap"] < 1e-4
+    system.rollouts.each(Sampler.load_weights, snapshot)
+    assert system.syncer.gap().largest > 1e-4
+    assert system.syncer.sync(4)["sync/logprob_gap"] < 1e-4
 
 
 def test_a_snapshot_without_one_layer_is_refused(system: System) -> None:
-    syncer = system.pools.syncer
-    whole = ray.get(syncer.learners[0].snapshot.remote(5))
+    whole = system.learners.one(LearnerStep.snapshot, 5)
+    assert whole is not None
     keep = [i for i, name in enumerate(whole.names) if "layers.1." not in name]
     partial = replace(
         whole,
@@ -183,30 +194,13 @@ def test_a_snapshot_without_one_layer_is_refused(system: System) -> None:
         offsets=[whole.offsets[i] for i in keep],
     )
     with pytest.raises(SyncError, match=r"weight snapshot 5 left \d+ parameter\(s\) .* unchanged"):
-        ray.get(syncer.rollouts[0].load_weights.remote(partial))
+        system.rollouts.each(Sampler.load_weights, partial)
 
 
 def _train(system: System, step: int, version: int) -> dict[str, float]:
-    scored = system.pools.reward.score(system.pools.rollout.generate(request(step=step, rows=tuple(range(12)))))
-    batch, _ = system.pools.buffer.exchange(scored, step, version)
-    metrics = system.pools.learner.train_step(batch)
+    scored = scored_parts(system, request(step=step, rows=tuple(range(12))))
+    batch, _ = system.buffer.pair(Batcher.exchange, step, version, *scored)
+    metrics = system.learners.each(LearnerStep.train_step, batch)[0]
     assert metrics["learner/tokens"] > 0 and metrics["mpo/pairs"] > 0
     assert metrics["learner/logprob_gap_fresh"] < 1e-4
     return metrics
-
-
-class _Without:
-    """An actor handle that swallows one method."""
-
-    def __init__(self, actor: Any, method: str) -> None:
-        self._actor, self._method = actor, method
-
-    def __getattr__(self, name: str) -> Any:
-        if name == self._method:
-            return _Swallowed()
-        return getattr(self._actor, name)
-
-
-class _Swallowed:
-    def remote(self, *_: Any) -> Any:
-        return ray.put(None)

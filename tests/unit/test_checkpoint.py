@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.checkpoint import Checkpoints, check_settings, find_checkpoint, read_state, verify
+from skyrl.checkpoint import FORMAT, Checkpoints, check_settings, find_checkpoint, read_state, verify
 from skyrl.monitoring.records import jsonable
 from skyrl.records import SkyrlError
 from skyrl.settings import Config
@@ -27,7 +27,7 @@ def test_what_is_written_is_complete_verified_and_read_back(tmp_path: Path) -> N
     folder = write(tmp_path / "run", 3)
     verify(folder)
     assert folder.name == "step_000003"
-    assert read_state(folder) == {"step": 3}
+    assert read_state(folder) == {"step": 3, "format": FORMAT}
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -39,9 +39,15 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_an_error_while_saving_leaves_no_checkpoint_and_keeps_the_old_one(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
     old = write(run, 1)
-    with pytest.raises(OSError, match="disk full"), Checkpoints(run, 2).writing(2, {}) as folder:
+    with (
+        pytest.raises(SkyrlError, match=r"checkpoint of step 2 could not be written to .*: disk full \(.* GB are free"),
+        Checkpoints(run, 2).writing(2, {}) as folder,
+    ):
         (folder / "half").write_text("half")
         raise OSError("disk full")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [old.name]  # nothing keeps the disk full
+    with pytest.raises(KeyError), Checkpoints(run, 2).writing(2, {}):  # what is no fault of the disk stays what it is
+        raise KeyError("name")
     assert Checkpoints(run, 2).complete() == [old]
     settings(run)
     assert find_checkpoint("auto", tmp_path / "runs" / "second", "mine") == old
@@ -109,8 +115,8 @@ def test_a_resumed_run_says_what_it_does_differently(tmp_path: Path) -> None:
         "data.train_path: None → '/moved.parquet'",
         "learner.lr: 0.0001 → 0.5",
     ]
-    new.data.kinds, new.model.seed = ["max"], 3
-    with pytest.raises(SkyrlError, match=r"data\.kinds: \['sum'.* → \['max'\]; model\.seed: 0 → 3\. Repeat"):
+    new.digits.kinds, new.digits.model_seed = ["max"], 3
+    with pytest.raises(SkyrlError, match=r"digits\.kinds: \['sum'.* → \['max'\]; digits\.model_seed: 0 → 3\. Repeat"):
         check_settings(old, jsonable(new))
 
 
@@ -120,3 +126,14 @@ def test_a_run_resumed_from_an_early_step_keeps_what_it_writes_next(tmp_path: Pa
         time.sleep(0.01)
     assert write(tmp_path, 30).name == "step_000030"
     assert [p.name for p in Checkpoints(tmp_path, 2).complete()] == ["step_000030", "step_000080"]
+
+
+def test_a_checkpoint_of_an_older_layout_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    del state["format"]  # as it was written before layouts had numbers
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(
+        SkyrlError, match=r"step_000001 has layout 1, this version of skyrl reads layout 2: checkpoints of"
+    ):
+        read_state(folder)

@@ -19,7 +19,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/data.md", "exec"), names)
@@ -27,6 +27,8 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert check_pairs(["pairs.parquet"]) == 0
     mine = ParquetPrompts("mine.parquet")[0]
     assert (mine.id, mine.images[0].tolist(), mine.facts) == ("mine/0", names["red"].tolist(), {"colour": "red"})
+    own = names["prompts"](names["cfg"])
+    assert (len(own["train"]), len(own["eval"]), own["eval"][0].answer) == (49, 512, "100")
     assert [names["close_enough"](answer, "red") for answer in ("Red ", "rose", "blue")] == [1.0, 0.5, 0.0]
 
 

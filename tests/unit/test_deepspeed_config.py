@@ -1,11 +1,12 @@
-"""DeepSpeed's settings and the learning rate of a step."""
+"""DeepSpeed's settings, and what changes by plan from step to step."""
 
 from __future__ import annotations
 
 import pytest
 
-from skyrl.learner.deepspeed_config import deepspeed_config, learning_rate
-from skyrl.settings import LearnerConfig, Schedule
+from skyrl.learner.deepspeed_config import deepspeed_config
+from skyrl.learner.schedule import learning_rate, refresh_due, stage_progress
+from skyrl.settings import Config, LearnerConfig, MpoConfig, Schedule, Stage
 
 
 def test_every_knob_arrives() -> None:
@@ -62,3 +63,31 @@ def test_cosine_stays_at_its_end_when_a_run_goes_on() -> None:
 def test_a_run_shorter_than_its_warm_up() -> None:
     cfg = LearnerConfig(lr=1.0, warmup_steps=5, schedule=Schedule.cosine)
     assert [learning_rate(cfg, step, 3) for step in (1, 2, 3)] == pytest.approx([0.2, 0.4, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("every", "limit", "age", "kl", "due"),
+    [
+        (0, None, 100, 9.0, False),
+        (3, None, 2, 9.0, False),
+        (3, None, 3, None, True),
+        (3, None, 4, None, True),  # the step that would have done it trained nothing
+        (0, 0.1, 1, 0.11, True),
+        (0, 0.1, 1, 0.1, False),
+        (0, 0.1, 100, None, False),
+        (3, 0.1, 1, 0.2, True),
+        (3, 0.1, 3, 0.0, True),
+    ],
+)
+def test_refresh_due(every: int, limit: float | None, age: int, kl: float | None, due: bool) -> None:
+    assert refresh_due(MpoConfig(reference_every=every, reference_kl=limit), age, kl) is due
+
+
+def test_progress_of_a_stage() -> None:
+    cfg = Config()
+    cfg.controller.steps = 5
+    assert [stage_progress(cfg, step) for step in range(1, 7)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    cfg.algorithm.stage, cfg.algorithm.mpo_steps = Stage.mpo_then_grpo, 2
+    assert [stage_progress(cfg, step) for step in range(1, 6)] == [0, 1, 0, 0.5, 1]
+    cfg.algorithm.mpo_steps = 1
+    assert [stage_progress(cfg, step) for step in (1, 2)] == [0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -302,6 +303,17 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(monkeypatch: pytest.M
     assert counting.calls == 4
     assert len(maker._cache) == 2
     torch.testing.assert_close(again[1]["pixel_values"].mean(), torch.tensor(-0.6))
+
+
+def test_another_variant_of_a_prompt_is_another_prompt() -> None:
+    maker = encoder()
+    seen = prompt("x", picture(0))
+    blind, masked = replace(seen, images=(), variant="blind"), replace(seen, images=(picture(255),), variant="masked")
+    for _ in range(2):
+        assert maker.encode(seen)[1]["pixel_values"].mean() == -1
+        assert maker.encode(masked)[1]["pixel_values"].mean() == 1
+        assert maker.encode(blind)[1] == {} and len(maker.encode(blind)[0]) < len(maker.encode(seen)[0])
+    assert maker.collate([row(maker, one) for one in (masked, blind, seen)]).pictures["pixel_values"].shape[0] == 2
 
 
 # ---------------------------------------------------------------- forward

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from skyrl.data.pictures import mask_picture
 from skyrl.evaluation.monitors import build_monitors
-from skyrl.evaluation.summary import evaluation_metrics, summarise
+from skyrl.evaluation.picture_drop import masked_group, picture_drop
+from skyrl.evaluation.summary import evaluate, evaluation_metrics
 from skyrl.monitoring.metrics import check_names
-from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
-from skyrl.settings import HallucinationConfig
+from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup, SkyrlError
+from skyrl.settings import Config, EvaluationConfig, HallucinationConfig
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
-MONITORS = build_monitors(HallucinationConfig(), None)
+MONITORS = build_monitors(Config())
 
 
 def group(
@@ -90,36 +94,43 @@ def test_every_number_by_hand() -> None:
 def test_without_pictures_nothing_is_said_about_hallucination() -> None:
     metrics = evaluation_metrics([group("e/0", "text_arithmetic", 1.0, pictured=False)], MONITORS)
     assert metrics["eval/accuracy"] == 1.0
-    assert all(math.isnan(metrics[f"eval/{name}"]) for name in ("hallucination", "false_claim_share", "coverage"))
+    assert not [name for name in metrics if "hallucination" in name or "claim" in name or "coverage" in name]
 
 
 def test_when_nothing_could_be_scored_there_is_no_accuracy() -> None:
     metrics = evaluation_metrics([group("e/0", "sum", None)], MONITORS)
-    assert math.isnan(metrics["eval/accuracy"])
     assert metrics["eval/errors"] == 1
-    assert not [name for name in metrics if name.startswith("eval/accuracy/")]
+    assert not [name for name in metrics if name.startswith("eval/accuracy")]
 
 
-def test_summarise_chooses_a_gallery_once_and_fills_in_its_other_side_later() -> None:
+def rewarder(gallery: int) -> Any:
+    return SimpleNamespace(cfg=Config(evaluation=EvaluationConfig(gallery=gallery)))
+
+
+def test_the_gallery_is_chosen_once_and_gets_its_other_side_later() -> None:
     before = [group("e/0", "sum", 1.0), group("e/1", "sum", 0.0), group("e/2", "sum", 0.0, seen="7")]
-    metrics, gallery = summarise(before, [], None, 2, MONITORS)
+    metrics, gallery = evaluate(rewarder(2), None, 2, before[:1], before[1:])
     assert metrics["eval/accuracy"] == pytest.approx(1 / 3)
     # Half of the places go to the first prompts, half to the next ones with a false claim: e/1 sees rightly.
     assert [entry["id"] for entry in gallery] == ["e/0", "e/2"]
-    assert [(entry["before"]["correct"], entry["after"]) for entry in gallery] == [(True, None), (False, None)]
+    assert [(entry["before"]["right"], entry["after"]) for entry in gallery] == [(True, None), (False, None)]
     after = [group("e/0", "sum", 0.0), group("e/1", "sum", 0.0), group("e/2", "sum", 1.0)]
-    metrics, filled = summarise(after, [], gallery, 2, MONITORS)
+    metrics, filled = evaluate(rewarder(2), gallery, 1, after)
     assert metrics["eval/accuracy"] == pytest.approx(1 / 3)
-    assert [(e["id"], e["before"]["correct"], e["after"]["correct"]) for e in filled] == [
+    assert [(e["id"], e["before"]["right"], e["after"]["right"]) for e in filled] == [
         ("e/0", True, False),
         ("e/2", False, True),
     ]
 
 
-def test_summarise_compares_with_what_was_said_without_the_picture() -> None:
+def blind(name: str, rule: float) -> SampleGroup:
+    made = group(name, "sum", rule, pictured=False)
+    return replace(made, prompt=replace(made.prompt, variant="blind"))
+
+
+def test_answers_are_compared_with_what_was_said_without_the_picture() -> None:
     seen = [group("e/0", "sum", 1.0), group("e/1", "sum", 1.0), group("e/2", "sum", 1.0)]
-    blind = [group("e/0#blind", "sum", 0.0, pictured=False), group("e/2#blind", "sum", 1.0, pictured=False)]
-    metrics, _ = summarise(seen, blind, None, 0, [])
+    metrics, _ = evaluate(rewarder(0), None, 2, seen[:2], seen[2:], [blind("e/0", 0.0)], [], [blind("e/2", 1.0)])
     assert {name: value for name, value in metrics.items() if "blind" in name} == {
         "eval/blind_prompts": 2.0,
         "eval/blind_agreement": 1.0,
@@ -127,7 +138,58 @@ def test_summarise_compares_with_what_was_said_without_the_picture() -> None:
         "eval/blind_accuracy_drop": 0.5,
     }
     assert metrics["eval/accuracy"] == 1.0  # of those with the picture alone
-    assert not [name for name in summarise(seen, [], None, 0, MONITORS)[0] if "blind" in name]
+    check_names(metrics)
+    assert not [name for name in evaluate(rewarder(0), None, 1, seen)[0] if "blind" in name]
+
+
+def test_an_evaluation_of_which_nothing_could_be_scored_ends_the_run() -> None:
+    with pytest.raises(SkyrlError, match=r"^evaluation: none of the 2 answers could be scored"):
+        evaluate(rewarder(2), None, 1, [group("e/0", "sum", None), group("e/1", "sum", None)], [blind("e/0", 1.0)])
+
+
+class Learner:
+    """Log-probabilities by hand: -1 a token, and for a blackened picture less by its share of black and the row."""
+
+    def __init__(self, probe_prompts: int, mask_share: float = 0.6) -> None:
+        settings = HallucinationConfig(probe_prompts=probe_prompts, mask_share=mask_share, mask_patch=2)
+        self.cfg = Config(hallucination=settings)
+        self.asked: list[list[SampleGroup]] = []
+
+    def logprobs(self, groups: list[SampleGroup]) -> list[np.ndarray]:
+        self.asked.append(groups)
+        return [
+            np.arange(len(sample.token_ids), dtype=np.float32) - float(group.prompt.variant == "masked") * place
+            for place, group in enumerate(groups, start=1)
+            for sample in group.samples
+        ]
+
+
+def test_picture_drop_by_hand() -> None:
+    white = np.full((4, 6, 3), 255, dtype=np.uint8)
+    groups = [group(f"e/{i}", "sum", 1.0, tokens=i + 1) for i in range(4)]
+    groups = [replace(one, prompt=replace(one.prompt, images=(white, PICTURE))) for one in groups]
+    groups.insert(1, group("e/text", "sum", 1.0, pictured=False))
+    learner: Any = Learner(probe_prompts=3)
+    # One drop for each of 1 token, 2 for each of 2, 3 for each of 3; the fourth picture is one too many.
+    found = picture_drop(learner, groups[:2], [], groups[2:])
+    assert found == {"eval/picture_drop": pytest.approx((1 * 1 + 2 * 2 + 3 * 3) / 6)}
+    true, masked = learner.asked
+    assert [g.prompt.key for g in true] == [("e/0", ""), ("e/1", ""), ("e/2", "")]
+    assert [g.prompt.key for g in masked] == [("e/0", "masked"), ("e/1", "masked"), ("e/2", "masked")]
+    for a, b in zip(true, masked, strict=True):
+        assert b.samples is a.samples and b.prompt_ids is a.prompt_ids
+        # The same patches as ever: seeded by the id of the data set and the picture's place.
+        want = [mask_picture(image, f"{a.prompt.id}/{place}", 0.6, 2) for place, image in enumerate(a.prompt.images)]
+        assert all((x == y).all() for x, y in zip(b.prompt.images, want, strict=True))
+    assert picture_drop(learner, [groups[1]]) == picture_drop(learner) == {}
+
+
+def test_masking_leaves_the_group_itself_alone() -> None:
+    white = np.full((4, 6, 3), 255, dtype=np.uint8)
+    one = group("e/0", "sum", 1.0)
+    one = replace(one, prompt=replace(one.prompt, images=(white,)))
+    black = masked_group(one, HallucinationConfig(mask_share=1.0, mask_patch=2))
+    assert not black.prompt.images[0].any() and one.prompt.images[0].all() and one.prompt.variant == ""
 
 
 def test_monitors_may_not_speak_over_each_other() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from learner_cases import tiny_model
 from torch import nn
 
@@ -43,6 +46,102 @@ def model() -> nn.Module:
 )
 def test_module_of(name: str, module: str) -> None:
     assert module_of(name) == module
+
+
+TEXT: dict[str, Any] = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+)
+AXES = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+VIT: dict[str, Any] = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+)
+BLOCKS: dict[str, Any] = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=4)
+OUT = {"out_hidden_size": 32}
+
+FAMILIES: dict[str, tuple[Any, Any, set[str], set[str]]] = {
+    # class → text configuration, vision configuration, the modules of the tower, the modules of the adapter
+    "Qwen2VL": (AXES, dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2), {"visual"}, {"visual.merger"}),
+    "Qwen2_5_VL": (AXES, BLOCKS | OUT, {"visual"}, {"visual.merger"}),
+    "Qwen3VL": (
+        AXES,
+        BLOCKS | OUT | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        {"visual"},
+        {"visual.merger", "visual.deepstack_merger_list"},
+    ),
+    "Qwen3_5": (
+        AXES | {"layer_types": ["full_attention"]},
+        BLOCKS | OUT | {"num_position_embeddings": 16},
+        {"visual"},
+        {"visual.merger"},
+    ),
+    "Glm4v": (AXES, BLOCKS | OUT | {"image_size": 16}, {"visual"}, {"visual.merger", "visual.downsample"}),
+    "InternVL": (
+        ("Qwen2", TEXT),
+        VIT | {"image_size": [16, 16], "patch_size": [8, 8]},
+        {"vision_tower"},
+        {"multi_modal_projector"},
+    ),
+    "Llava": (("Llama", TEXT), ("CLIPVision", VIT), {"vision_tower"}, {"multi_modal_projector"}),
+    "LlavaNext": (
+        ("Llama", TEXT),
+        ("CLIPVision", VIT),
+        {"vision_tower"},
+        {"multi_modal_projector", "image_newline"},
+    ),
+    "LlavaOnevision": (
+        ("Qwen2", TEXT),
+        ("SiglipVision", VIT),
+        {"vision_tower"},
+        {"multi_modal_projector", "image_newline"},
+    ),
+    "Gemma3": (TEXT, VIT, {"vision_tower"}, {"multi_modal_projector"}),
+    "PaliGemma": (("Gemma", TEXT), ("SiglipVision", VIT), {"vision_tower"}, {"multi_modal_projector"}),
+    "Mistral3": (("Mistral", TEXT), ("PixtralVision", VIT), {"vision_tower"}, {"multi_modal_projector"}),
+    "Idefics3": (("Llama", TEXT), VIT, {"vision_model"}, {"connector"}),
+    "SmolVLM": (("Llama", TEXT), VIT, {"vision_model"}, {"connector"}),
+    "DeepseekVL": (("Llama", TEXT), ("SiglipVision", VIT), {"vision_model"}, {"aligner"}),
+    "VideoLlama3": (("Qwen2", TEXT), VIT, {"vision_model"}, {"projector"}),
+}
+
+
+def small(family: str) -> nn.Module:
+    """A model of the family as transformers builds it, without memory for its weights."""
+
+    def config(part: Any) -> Any:
+        return getattr(transformers, f"{part[0]}Config")(**part[1]).to_dict() if isinstance(part, tuple) else part
+
+    text, vision, _, _ = FAMILIES[family]
+    whole = getattr(transformers, f"{family}Config")(text_config=config(text), vision_config=config(vision))
+    with torch.device("meta"):
+        return getattr(transformers, f"{family}ForConditionalGeneration")(whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_modules_of_every_family_are_found(family: str) -> None:
+    """The oracle goes by where a parameter hangs in the model, written down by hand for each family."""
+    model = small(family)
+    towers, adapters = ({f"model.{name}" for name in names} for names in FAMILIES[family][2:])
+
+    def hangs_in(name: str, modules: set[str]) -> bool:
+        return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+    seen = {"vision": 0, "adapter": 0, "language": 0}
+    for name, _ in model.named_parameters():
+        want = "adapter" if hangs_in(name, adapters) else "vision" if hangs_in(name, towers) else "language"
+        assert module_of(name) == want, name
+        seen[want] += 1
+    assert all(seen.values())
+    for module in towers | adapters:
+        assert any(hangs_in(name, {module}) for name, _ in model.named_parameters()), module
+    inner = {id(p) for p in model.get_input_embeddings().parameters()}
+    assert {module_of(name) for name, p in model.named_parameters() if id(p) in inner} == {"language"}
 
 
 @pytest.mark.parametrize(
@@ -96,3 +195,10 @@ def test_a_text_model_has_no_adapter(trainable: Trainable) -> None:
     with pytest.raises(ConfigError, match=f"learner.trainable={trainable.value}: the policy has no adapter"):
         freeze(text_model.named_parameters(), trainable)
     assert freeze(text_model.named_parameters(), Trainable.all)["language"] == 6
+
+
+@pytest.mark.parametrize("trainable", [Trainable.adapter, Trainable.language_and_adapter])
+def test_a_tower_of_an_unknown_name_is_not_trained_as_a_part_of_the_language_model(trainable: Trainable) -> None:
+    parts = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("eye", "connector", "language_model")})
+    with pytest.raises(ConfigError, match="the policy has no vision parameters"):
+        freeze(parts.named_parameters(), trainable)

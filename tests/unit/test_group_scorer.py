@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import answer_ids, encoder, noise, processor, prompt, random_model
 
-from skyrl.digits.architecture import build_processor
+from skyrl.digits.architecture import CHAT_TEMPLATE, build_processor
 from skyrl.policy.encode import EncodedBatch, PromptEncoder
 from skyrl.records import DataError, Prompt, Sample, SampleGroup
 from skyrl.rewards import group_scorer
@@ -113,7 +115,7 @@ def test_every_prompt_picture_and_distinct_answer_is_computed_once() -> None:
     passes = Passes(model.model)
     scorer = GroupScorer(model, 4, encoder())
     some = groups()
-    some[0].samples += [sample(3 + i, one.token_ids) for i, one in enumerate(some[0].samples)]
+    some[0].samples += [sample(3 + i, one.token_ids, "", one.truncated) for i, one in enumerate(some[0].samples)]
     first = scorer.score(some)
     np.testing.assert_array_equal(first[0][:3], first[0][3:])
     passes.take()
@@ -157,9 +159,23 @@ class FakeProcessor:
     """As much of a processor as an encoder with ready-made prompts needs."""
 
     image_token, image_token_id = "<image>", 63
+    chat_template = "{{ messages[0]['content'] }}="
+
+    @staticmethod
+    def apply_chat_template(messages: list[dict[str, Any]], **_: Any) -> str:
+        return "".join(part["text"] for message in messages for part in message["content"] if "text" in part) + "="
 
     class tokenizer:
         pad_token_id, eos_token_id = 0, 1
+        all_special_ids, all_special_tokens = [0, 1], ["<pad>", "</s>"]
+        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
+        def __new__(cls, text: str, **_: Any) -> Any:
+            return {"input_ids": [2] * len(text)}
+
+        @staticmethod
+        def convert_ids_to_tokens(one: int) -> str:
+            return f"<{one}>"
 
         @staticmethod
         def get_vocab() -> dict[str, int]:
@@ -235,9 +251,9 @@ def other_groups(maker: PromptEncoder, pictured: bool) -> list[SampleGroup]:
                 "mm_token_type_ids": torch.from_numpy((ids == 63).astype(np.int64))[None],
             }
         p = Prompt(f"p{g}", "", (np.zeros((1, 1, 3), np.uint8),) if pictures else (), "1", "exact")
-        maker._cache[p.id] = (ids.astype(np.int32), pictures)
+        maker._cache[p.key] = (ids.astype(np.int32), pictures)
         answers = [rng.integers(2, 60, int(rng.integers(1, 20))).astype(np.int32) for _ in range(1 + g % 3)]
-        some.append(SampleGroup(p, ids, [sample(i, answer) for i, answer in enumerate(answers)]))
+        some.append(SampleGroup(p, ids, [sample(i, answer, truncated=True) for i, answer in enumerate(answers)]))
     return some
 
 
@@ -393,3 +409,69 @@ def test_a_reward_model_of_the_same_vocabulary_sees_its_own_chat_template() -> N
     got = GroupScorer(model, 4, encoder()).score(theirs)
     own = GroupScorer(model, 4, encoder()).score(groups())
     np.testing.assert_array_equal(np.concatenate(got), np.concatenate(own))
+
+
+# ---------------------------------------------------------------- how answers end, and begin
+
+
+def with_template(template: str, **kwargs: Any) -> PromptEncoder:
+    other = copy.deepcopy(processor())
+    other.chat_template = template
+    return PromptEncoder(other, **kwargs)
+
+
+def test_an_answer_ends_as_the_reward_models_own_do_whatever_ended_it() -> None:
+    """Its head reads the last token; a policy may have stop tokens that the reward model never saw there."""
+    model = reward_model()
+    stops = [processor().tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "<global-img>", "1")]
+    scorer = GroupScorer(model, 4, PromptEncoder(processor(), stop_ids=stops))
+    assert scorer.same_tokens
+    ended = groups()
+    for group in ended:
+        for one in group.samples:
+            if not one.truncated:
+                one.token_ids[-1] = stops[one.index % 3]
+    assert_scores(scorer.score(ended), alone(model, groups()))
+    cut = groups()  # in the middle, and at the end of a truncated answer, a stop token stays what it is
+    for group in cut:
+        for one in group.samples:
+            one.token_ids[-1 if one.truncated else 0] = stops[2]
+    assert_scores(scorer.score(cut), alone(model, cut))
+
+
+THINKS = CHAT_TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
+
+
+@pytest.mark.parametrize(("own", "policys"), [(CHAT_TEMPLATE, THINKS), (THINKS, CHAT_TEMPLATE), (THINKS, THINKS)])
+def test_the_reasoning_is_opened_once_whichever_template_opens_it(own: str, policys: str) -> None:
+    model = reward_model(maker=with_template(own))
+    policy = with_template(policys)
+    scorer = GroupScorer(model, 4, policy)
+    assert scorer.same_tokens is (own == policys)
+    some, whole = groups(), groups()
+    for theirs, ours in zip(some, whole, strict=True):
+        for one, full in zip(theirs.samples, ours.samples, strict=True):
+            if policys == THINKS:
+                one.text = one.text.removeprefix("<think>")
+                one.token_ids = answer_ids(one.text, end=not one.truncated)
+            full.text = policy.answer_prefix + one.text
+            full.token_ids = answer_ids(full.text.removeprefix(model.encoder.answer_prefix), end=not one.truncated)
+    assert_scores(scorer.score(some), alone(model, whole))
+
+
+def test_another_variant_of_a_prompt_is_another_prompt() -> None:
+    model = reward_model()
+    some = [group for name in ("picture", "pictures") for group in groups([name])]
+    for group, variant in zip(groups(["picture", "pictures"]), ("blind", "masked"), strict=True):
+        other = replace(group.prompt, images=group.prompt.images[:-1], variant=variant)
+        some.append(SampleGroup(other, encoder().encode(other)[0], group.samples))
+    for shares in (True, False):
+        scorer = GroupScorer(model, 4, encoder())
+        scorer.shares_prompts = shares
+        compare, compared = scorer._compare, []
+        scorer._compare = lambda rows, compare=compare, compared=compared: (compared.extend(rows), compare(rows))
+        got = scorer.score(some)
+        assert_scores(got, alone(model, some))
+        assert scorer.shares_prompts is shares
+        assert {row[0].key for row in compared} == ({group.prompt.key for group in some} if shares else set())
+        assert abs(got[0] - got[2]).min() > 1e-3 and abs(got[1] - got[3]).min() > 1e-3

@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
+from learner_views import grpo_loss, merged
 
-from skyrl.objective.grpo import grpo_loss, step_denominator
-from skyrl.objective.hybrid import merge_stats
+from skyrl.objective.grpo import Grpo
 from skyrl.objective.kl import kl_k1, kl_k2, kl_k3
-from skyrl.settings import Aggregation, GrpoConfig, Surrogate
+from skyrl.objective.term import Counts
+from skyrl.settings import Aggregation, GrpoConfig
 
 
 def tensor(*values):
@@ -51,7 +52,7 @@ def test_clipped_objective_by_hand(advantage, ratio, objective):
         tensor([math.log(ratio)]), tensor([0.0]), tensor(advantage), tensor([1]), tensor(1.0), GrpoConfig(), 1
     )
     assert loss.item() == pytest.approx(-objective)
-    assert sums["grpo_clipped"].item() == float(abs(objective) != pytest.approx(ratio))
+    assert sums["grpo/clip_fraction"].item() == float(abs(objective) != pytest.approx(ratio))
 
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
@@ -79,11 +80,11 @@ def test_on_policy_is_the_identity(aggregation):
     leaf = logprobs.clone().requires_grad_()
     tokens = int(mask.sum())
     cfg = GrpoConfig(aggregation=aggregation)
-    denominator = step_denominator(aggregation, 5, tokens, 8)
+    denominator = {"sample": 5, "token": tokens, "fixed": 5 * 8}[aggregation.value]
     loss, sums = grpo_loss(leaf, logprobs, advantages, mask, weights, cfg, denominator)
     loss.backward()
-    assert sums["grpo_ratio"].item() == tokens and sums["grpo_ratio_max"].item() == 1
-    assert sums["grpo_clipped"].item() == 0 and sums["grpo_kl_behaviour"].item() == 0
+    assert sums["grpo/ratio_mean"].item() == tokens and sums["grpo/ratio_max"].item() == 1
+    assert sums["grpo/clip_fraction"].item() == 0 and sums["grpo/kl_behaviour"].item() == 0
     # The policy gradient: −A ∇ log π, spread over the tokens as the aggregation says.
     divisor = {"sample": mask.sum(1, keepdim=True) * 5, "token": tokens, "fixed": 5 * 8}[aggregation.value]
     share = mask / divisor
@@ -107,7 +108,7 @@ def test_micro_batches_and_padding_change_nothing(aggregation):
             loss.backward()
             total += loss.item()
             parts.append(sums)
-        return total, leaf.grad, {name: value.item() for name, value in merge_stats(parts).items()}
+        return total, leaf.grad, merged(parts, [(Grpo(cfg), 1.0)])
 
     whole, grad, sums = run([[0, 1, 2, 3, 4]], 0)
     for splits, extra in (([[0], [1, 2], [3, 4]], 0), ([[4, 2], [0, 1, 3]], 3), ([[i] for i in range(5)], 9)):
@@ -148,13 +149,13 @@ def test_statistics_are_sums():
     _, sums = grpo_loss(ratios.log(), 0 * ratios, tensor(1.0, -2.0), mask, tensor(1.0, 3.0), GrpoConfig(), 2)
     got = {name: value.item() for name, value in sums.items()}
     assert got["grpo_tokens"] == 5
-    assert got["grpo_clipped"] == 2  # 1.3 at A > 0 and 0.7 at A < 0
-    assert got["grpo_ratio"] == pytest.approx(5.7)
-    assert got["grpo_ratio_max"] == pytest.approx(2.0)
+    assert got["grpo/clip_fraction"] == 2  # 1.3 at A > 0 and 0.7 at A < 0
+    assert got["grpo/ratio_mean"] == pytest.approx(5.7)
+    assert got["grpo/ratio_max"] == pytest.approx(2.0)
     kl = sum(r - math.log(r) - 1 for r in (1.3, 0.7, 1.0, 0.7, 2.0))
-    assert got["grpo_kl_behaviour"] == pytest.approx(kl)
-    assert got["grpo_loss"] == pytest.approx(-(1.2 + 0.7 + 1.0) / 3 - 3 * -2 * (0.8 + 2.0) / 2)
-    assert "grpo_kl_reference" not in got
+    assert got["grpo/kl_behaviour"] == pytest.approx(kl)
+    assert got["loss/grpo"] == pytest.approx(-(1.2 + 0.7 + 1.0) / 3 - 3 * -2 * (0.8 + 2.0) / 2)
+    assert "grpo/kl_reference" not in got
     assert all(value.dtype == torch.float64 and not value.requires_grad for value in sums.values())
 
 
@@ -179,16 +180,14 @@ def test_bfloat16_is_computed_in_float32():
         ({"mask": torch.ones(2, 4)}, r"mask has shape \(2, 4\); allowed: \(2, 3\)"),
         ({"advantages": torch.ones(2, 1)}, "advantages"),
         ({"logprobs": torch.zeros(2)}, r"\[B, T\]"),
-        ({"denominator": -1}, "denominator is -1"),
         ({"cfg": GrpoConfig(kl_weight=0.1)}, "kl_weight is 0.1"),
-        ({"reference_logprobs": torch.zeros(2, 1)}, "reference_logprobs"),
-        ({"cfg": GrpoConfig(surrogate=Surrogate.cispo, dual_clip=3.0)}, "dual_clip is 3.0 with surrogate cispo"),
+        ({"reference": torch.zeros(2, 1)}, "reference"),
     ],
 )
 def test_refuses(change, message):
     arguments = {
         "logprobs": torch.zeros(2, 3),
-        "behaviour_logprobs": torch.zeros(2, 3),
+        "behaviour": torch.zeros(2, 3),
         "advantages": torch.ones(2),
         "mask": torch.ones(2, 3),
         "weights": torch.ones(2),
@@ -201,7 +200,8 @@ def test_refuses(change, message):
 
 @pytest.mark.parametrize(("aggregation", "denominator"), [("sample", 3), ("token", 17), ("fixed", 30)])
 def test_denominator_of_a_step(aggregation, denominator):
-    assert step_denominator(Aggregation(aggregation), 3, 17, 10) == denominator
+    counts = Counts(9, 99, 0, grpo_samples=3, grpo_tokens=17, grpo_max_tokens=30, pairs=2, pair_tokens=8)
+    assert getattr(counts, Grpo(GrpoConfig(aggregation=aggregation)).per) == denominator
 
 
 def test_kl_estimators_by_hand():

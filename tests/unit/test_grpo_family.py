@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from learner_views import grpo_loss, merged
 
-from skyrl.objective.grpo import grpo_loss, step_denominator
-from skyrl.objective.hybrid import merge_stats
+from skyrl.objective.grpo import Grpo
 from skyrl.settings import Aggregation, GrpoConfig, KlEstimator, KlPlace, Mismatch, Ratio, Surrogate
 
 LENGTHS = (1, 4, 3, 6, 2)
@@ -23,6 +23,15 @@ WEIGHTS = (1.0, 0.5, 0.0, 1.7, 1.0)
 DENOMINATOR = 7
 BOUNDS = {"clip_low": 0.05, "clip_high": 0.1, "mismatch_cap": 1.5}
 DUAL_CLIP = 1.12
+STATS = {
+    "clipped": "grpo/clip_fraction",
+    "dual_clipped": "grpo/dual_clip_fraction",
+    "masked": "grpo/masked_fraction",
+    "truncated": "grpo/truncated_fraction",
+    "mismatch": "grpo/mismatch_mean",
+    "ratio": "grpo/ratio_mean",
+}
+"""What :func:`plain` counts, and the statistics that are its sums."""
 
 
 @dataclass
@@ -54,7 +63,7 @@ def make(seed: int = 7, drift: float = 0.45) -> Data:
 def plain(data: Data, cfg: GrpoConfig, logprobs: np.ndarray, frozen: np.ndarray) -> tuple[float, dict[str, float]]:
     """The loss and its statistics from loops over samples and tokens, in Python floats."""
     total = 0.0
-    counts = dict.fromkeys(("clipped", "dual_clipped", "masked", "truncated", "mismatch", "ratio"), 0.0)
+    counts = dict.fromkeys(STATS, 0.0)
     for i, weight in enumerate(data.weights.tolist()):
         if weight == 0:
             continue
@@ -68,13 +77,16 @@ def plain(data: Data, cfg: GrpoConfig, logprobs: np.ndarray, frozen: np.ndarray)
             still = dict.fromkeys(tokens, math.prod(still.values()) ** (1 / len(tokens)))
         w = {t: math.exp(frozen[i, t] - data.behaviour[i, t]) for t in tokens}
         inside = 1 / cfg.mismatch_cap <= math.prod(w.values()) <= cfg.mismatch_cap
+        still_ks = {t: estimate(cfg.kl_estimator, frozen[i, t], data.reference[i, t]) for t in tokens}
+        if cfg.ratio is Ratio.sequence and cfg.surrogate is Surrogate.clip:  # GSPO: one advantage a sample
+            still_ks = dict.fromkeys(tokens, sum(still_ks.values()) / len(tokens))
         losses = []
         for t in tokens:
             advantage = data.advantages[i]
-            k, k_still = (estimate(cfg.kl_estimator, p[i, t], data.reference[i, t]) for p in (logprobs, frozen))
+            k = estimate(cfg.kl_estimator, logprobs[i, t], data.reference[i, t])
             if cfg.kl_place is KlPlace.reward:
-                advantage -= cfg.kl_weight * k_still
-            low, high = 1 - cfg.clip_low, 1 + cfg.clip_high
+                advantage -= cfg.kl_weight * still_ks[t]
+            low, high = -math.inf if cfg.clip_low is None else 1 - cfg.clip_low, 1 + cfg.clip_high
             if cfg.surrogate is Surrogate.cispo:
                 objective = min(max(still[t], low), high) * advantage * logprobs[i, t]
                 counts["clipped"] += not low <= still[t] <= high
@@ -144,14 +156,19 @@ def test_value_gradient_and_statistics(aggregation, ratio, surrogate, kl_place, 
         assert loss == pytest.approx(value, rel=1e-12)
         assert grad == pytest.approx(finite_differences(data, cfg), abs=2e-9)
         for name, count in counts.items():
-            if f"grpo_{name}" in sums:
-                assert sums[f"grpo_{name}"] == pytest.approx(count, rel=1e-12), name
-    only_if_on = {"grpo_dual_clipped", "grpo_masked", "grpo_truncated", "grpo_mismatch"} & sums.keys()
+            if STATS[name] in sums:
+                assert sums[STATS[name]] == pytest.approx(count, rel=1e-12), name
+    only_if_on = {
+        "grpo/dual_clip_fraction",
+        "grpo/masked_fraction",
+        "grpo/truncated_fraction",
+        "grpo/mismatch_mean",
+    } & sums.keys()
     assert only_if_on == {
-        *(["grpo_dual_clipped"] if dual_clip else []),
-        *(["grpo_mismatch"] if mismatch is not Mismatch.none else []),
-        *(["grpo_truncated"] if mismatch is Mismatch.token_truncate else []),
-        *(["grpo_masked"] if mismatch in (Mismatch.token_mask, Mismatch.sequence_mask) else []),
+        *(["grpo/dual_clip_fraction"] if dual_clip else []),
+        *(["grpo/mismatch_mean"] if mismatch is not Mismatch.none else []),
+        *(["grpo/truncated_fraction"] if mismatch is Mismatch.token_truncate else []),
+        *(["grpo/masked_fraction"] if mismatch in (Mismatch.token_mask, Mismatch.sequence_mask) else []),
     }
 
 
@@ -179,7 +196,7 @@ def test_dual_clip_by_hand(advantage, ratio, dual_clip, objective, decides) -> N
     loss, sums = grpo_loss(leaf, 0 * one, advantage * one[0], one, one[0], GrpoConfig(dual_clip=dual_clip), 1)
     loss.backward()
     assert loss.item() == pytest.approx(-objective)
-    assert sums["grpo_dual_clipped"].item() == decides
+    assert sums["grpo/dual_clip_fraction"].item() == decides
     assert (leaf.grad.item() == 0) == (decides or objective in (-0.8, 1.2))
 
 
@@ -188,13 +205,13 @@ def test_sequence_ratio_by_hand() -> None:
     ones = torch.ones(1, 100, dtype=torch.float64)
     arguments = (0.01 * ones - 1, -ones, ones[0, :1], ones, ones[0, :1])
     sums = grpo_loss(*arguments, GrpoConfig(ratio=Ratio.sequence), 1)[1]
-    assert sums["grpo_ratio_max"].item() == pytest.approx(1.01005, abs=1e-5)
-    assert sums["grpo_ratio"].item() == pytest.approx(101.005, abs=1e-3)
+    assert sums["grpo/ratio_max"].item() == pytest.approx(1.01005, abs=1e-5)
+    assert sums["grpo/ratio_mean"].item() == pytest.approx(101.005, abs=1e-3)
     for cap, masked in ((2.7, 100), (2.72, 0)):
         for sign in (1, -1):
             turned = (sign * 0.01 * ones - 1, *arguments[1:])
             loss, sums = grpo_loss(*turned, GrpoConfig(mismatch=Mismatch.sequence_mask, mismatch_cap=cap), 1)
-            assert sums["grpo_masked"].item() == masked
+            assert sums["grpo/masked_fraction"].item() == masked
             assert loss.item() == pytest.approx(0.0 if masked else -1.0)
 
 
@@ -206,16 +223,21 @@ def test_on_policy_every_correction_is_the_identity(aggregation) -> None:
     assert np.abs(want).max() > 0.01
     for ratio, surrogate, mismatch in itertools.product(Ratio, Surrogate, Mismatch):
         wide = GrpoConfig(aggregation=aggregation, ratio=ratio, surrogate=surrogate, mismatch=mismatch)
-        for cfg in (wide, replace(wide, clip_low=1e-6, clip_high=1e-6, mismatch_cap=1 + 1e-6)):
+        for cfg in (wide, wide.model_copy(update={"clip_low": 1e-6, "clip_high": 1e-6, "mismatch_cap": 1 + 1e-6})):
             _, grad, sums = run(data, cfg)
             assert grad == pytest.approx(want, abs=1e-15)
             tokens = sum(length for length, weight in zip(LENGTHS, WEIGHTS, strict=True) if weight)
-            ones = {"grpo_tokens", "grpo_ratio", "grpo_mismatch"} & sums.keys()
+            ones = {"grpo_tokens", "grpo/ratio_mean", "grpo/mismatch_mean"} & sums.keys()
             assert [sums[name] for name in ones] == pytest.approx([tokens] * len(ones))
-            zeros = {"grpo_clipped", "grpo_masked", "grpo_truncated", "grpo_kl_behaviour"} & sums.keys()
+            zeros = {
+                "grpo/clip_fraction",
+                "grpo/masked_fraction",
+                "grpo/truncated_fraction",
+                "grpo/kl_behaviour",
+            } & sums.keys()
             assert [sums[name] for name in zeros] == [0.0] * len(zeros)
     dual = run(data, GrpoConfig(aggregation=aggregation, dual_clip=1.001))
-    assert dual[1] == pytest.approx(want, abs=1e-15) and dual[2]["grpo_dual_clipped"] == 0
+    assert dual[1] == pytest.approx(want, abs=1e-15) and dual[2]["grpo/dual_clip_fraction"] == 0
 
 
 def cut(data: Data, rows: list[int], extra: int) -> Data:
@@ -242,7 +264,7 @@ def cut(data: Data, rows: list[int], extra: int) -> Data:
 def test_micro_batches_and_padding_change_nothing(aggregation, family) -> None:
     cfg = GrpoConfig(**BOUNDS, aggregation=aggregation, kl_weight=0.2, **family)
     data = make()
-    denominator = step_denominator(aggregation, 4, 13, 6)
+    denominator = {"sample": 4, "token": 13, "fixed": 4 * 6}[aggregation.value]
     loss, grad, sums = run(data, cfg, denominator)
     for parts, extra in (([[0], [1, 2], [3, 4]], 0), ([[4, 2], [0, 1, 3]], 3), ([[i] for i in range(5)], 9)):
         results = [run(cut(data, rows, extra), cfg, denominator) for rows in parts]
@@ -250,8 +272,8 @@ def test_micro_batches_and_padding_change_nothing(aggregation, family) -> None:
         for rows, result in zip(parts, results, strict=True):
             assert result[1][:, : grad.shape[1]] == pytest.approx(grad[rows], rel=1e-12, abs=1e-15)
             assert not result[1][:, grad.shape[1] :].any()
-        merged = merge_stats({k: torch.tensor(v) for k, v in result[2].items()} for result in results)
-        assert {k: v.item() for k, v in merged.items()} == pytest.approx(sums, rel=1e-6)
+        parts_stats = [{k: torch.tensor(v, dtype=torch.float64) for k, v in result[2].items()} for result in results]
+        assert merged(parts_stats, [(Grpo(cfg), 1.0)]) == pytest.approx(sums, rel=1e-6)
 
 
 def test_left_out_tokens_stay_in_the_denominator() -> None:
@@ -261,7 +283,7 @@ def test_left_out_tokens_stay_in_the_denominator() -> None:
     cfg = GrpoConfig(mismatch=Mismatch.token_mask)
     loss, sums = grpo_loss(-torch.ones_like(behaviour), behaviour, one, torch.ones(1, 2), one, cfg, 1)
     assert loss.item() == pytest.approx(-0.5)
-    assert (sums["grpo_masked"].item(), sums["grpo_mismatch"].item()) == (1, pytest.approx(5))
+    assert (sums["grpo/masked_fraction"].item(), sums["grpo/mismatch_mean"].item()) == (1, pytest.approx(5))
 
 
 @pytest.mark.parametrize("mismatch", list(Mismatch))
@@ -280,3 +302,80 @@ def test_extremes_stay_finite_and_nan_is_not_hidden(mismatch, surrogate, ratio) 
     behaviour = torch.tensor([[-1.0, math.nan, -1.0]])
     loss, _ = grpo_loss(-torch.ones(1, 3), behaviour, torch.ones(1), torch.ones(1, 3), torch.ones(1), cfg, 1)
     assert math.isnan(loss.item())
+
+
+@pytest.mark.parametrize("ratio", list(Ratio))
+def test_cispo_without_a_lower_clip(ratio) -> None:
+    """As MiniMax-M1 has it. By hand: the weight of a ratio of 0.5 is 0.5, where ε_low = 0.2 makes it 0.8."""
+    data = make()
+    cfg = GrpoConfig(surrogate=Surrogate.cispo, clip_low=None, clip_high=0.1, ratio=ratio)
+    loss, grad, sums = run(data, cfg)
+    value, counts = plain(data, cfg, data.logprobs, data.logprobs)
+    assert loss == pytest.approx(value, rel=1e-12)
+    assert grad == pytest.approx(finite_differences(data, cfg), abs=2e-9)
+    assert sums["grpo/clip_fraction"] == counts["clipped"] > 0
+    one = torch.ones(1, 1, dtype=torch.float64)
+    for low, weight in ((None, 0.5), (0.2, 0.8)):
+        leaf = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+        cfg = GrpoConfig(surrogate=Surrogate.cispo, clip_low=low, ratio=ratio)
+        grpo_loss(leaf, leaf.detach() + math.log(2), -one[0], one, one[0], cfg, 1)[0].backward()
+        assert leaf.grad.item() == pytest.approx(weight)
+
+
+def test_a_clip_of_sequence_ratios_takes_one_advantage_a_sample() -> None:
+    """GSPO, Eq. 5, with the penalty in the reward. s = 1.3 and k1 = (−0.4, 1.2) on two tokens, kl_weight 1, A = 0.3:
+    the advantages of the tokens would be 0.7 and −0.9, of which the clip at 1.2 would hold the first and not the
+    second. Their mean −0.1 is what counts: the clip holds neither, and o = 1.3 · −0.1."""
+    log_s = math.log(1.3)
+    leaf = torch.tensor([[-1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    behaviour = torch.tensor([[-1.0 - 2 * log_s, -1.0]], dtype=torch.float64)
+    reference = torch.tensor([[-0.6, -2.2]], dtype=torch.float64)
+    ones = torch.ones(1, 2, dtype=torch.float64)
+    advantage = torch.tensor([0.3], dtype=torch.float64)
+    cfg = GrpoConfig(ratio=Ratio.sequence, kl_weight=1.0, kl_estimator=KlEstimator.k1, kl_place=KlPlace.reward)
+    loss, sums = grpo_loss(leaf, behaviour, advantage, ones, ones[0, :1], cfg, 1, reference)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.13)
+    assert sums["grpo/clip_fraction"].item() == 0
+    assert leaf.grad.tolist() == [pytest.approx([0.065, 0.065])]
+    # With A = 1.3 the mean is 0.9 and the whole sample is clipped: no token has a gradient.
+    leaf.grad = None
+    loss, sums = grpo_loss(leaf, behaviour, advantage + 1, ones, ones[0, :1], cfg, 1, reference)
+    loss.backward()
+    assert (loss.item(), sums["grpo/clip_fraction"].item()) == (pytest.approx(-1.2 * 0.9), 2)
+    assert leaf.grad.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"kl_weight": 0.2},
+        {"ratio": Ratio.sequence, "kl_weight": 0.2, "kl_place": KlPlace.reward},
+        {"surrogate": Surrogate.cispo, "mismatch": Mismatch.token_truncate},
+        {"mismatch": Mismatch.sequence_mask},
+    ],
+)
+def test_masked_tokens_are_as_if_they_were_not_there(aggregation, family) -> None:
+    """Tokens of a tool's result in the middle of an answer, which may hold anything; and an answer without any."""
+    cfg = GrpoConfig(**BOUNDS, aggregation=aggregation, **family)
+    data = make()
+    want, grad, sums = run(data, cfg)
+    own = np.repeat(np.arange(data.mask.shape[1]), 2)  # every token twice, of which the second is masked
+    doubled = replace(
+        data,
+        logprobs=data.logprobs[:, own],
+        behaviour=data.behaviour[:, own],
+        reference=data.reference[:, own],
+        mask=data.mask[:, own] & (np.arange(len(own)) % 2 == 0),
+    )
+    for name, junk in (("logprobs", -math.inf), ("behaviour", math.nan), ("reference", math.inf)):
+        getattr(doubled, name)[:, 1::2] = junk
+    loss, masked_grad, masked_sums = run(doubled, cfg)
+    assert loss == pytest.approx(want, rel=1e-13) and masked_sums == pytest.approx(sums, rel=1e-13)
+    assert masked_grad[:, ::2] == pytest.approx(grad, rel=1e-12, abs=1e-15) and not masked_grad[:, 1::2].any()
+    data.mask[3] = False
+    loss, grad, sums = run(data, cfg)
+    data.weights[3] = 0.0
+    without = run(data, cfg)
+    assert math.isfinite(loss) and (loss, sums) == (without[0], without[2]) and not grad[3].any()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.records import DataError
+from skyrl.records import DataError, Prompt, Sample, SampleGroup
 from skyrl.rewards import claims as hallucination
-from skyrl.rewards.claims import Claim, check_claims, hallucination_rates, register_checker
+from skyrl.rewards.claims import Claim, check_claims, register_checker
+from skyrl.rewards.metrics import claim_metrics
 
 FACTS = {"grid": [[3, 1], [4, 1]]}
 
@@ -69,26 +72,39 @@ def test_own_checker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdicts("sun. I see 31/41.", {**FACTS, "weather": "sun"}) == "sun+3+1+4+1+"
 
 
+def test_a_checker_is_imported_when_its_fact_is_met_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys; from skyrl.rewards.claims import check_claims; check_claims('I see 3', {'other': 1});"
+        "early = 'skyrl.digits.claims' in sys.modules; found = check_claims('I see 3', {'grid': [[3]]});"
+        "print(early, 'skyrl.digits.claims' in sys.modules, found[0].true)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
+    monkeypatch.setattr(hallucination, "CHECKERS", dict(hallucination.CHECKERS))
+    register_checker("digits", "skyrl.digits.claims:check_grid")
+    assert verdicts("I see 37.", {"digits": [[3, 1]]}) == "3+7-"
+
+
 @pytest.mark.parametrize("grid", [7, [7], [["a"]], [[12]], None])
 def test_malformed_fact(grid: object) -> None:
     with pytest.raises(DataError, match="grid"):
         check_claims("I see 31/41.", {"grid": grid})
 
 
+def claimed(counts: list[tuple[int, int]]) -> dict[str, float]:
+    """Metrics of answers with these numbers of claims and false claims."""
+    nothing = np.zeros(0, dtype=np.int32)
+    samples = [Sample(0, nothing, None, "", False, 0, claims=claims, false_claims=false) for claims, false in counts]
+    prompt = Prompt("p", "?", (), "", "exact")
+    return claim_metrics([SampleGroup(prompt, nothing, samples, checkable=True)], "rate", "x/")
+
+
 def test_rates() -> None:
     # 10 claims with 3 false ones; 2 of 4 answers have a false claim; 3 of 4 claim anything.
-    rates = hallucination_rates([(4, 0), (4, 1), (2, 2), (0, 0)])
-    assert (rates.chair_i, rates.chair_s, rates.coverage) == (0.3, 0.5, 0.75)
+    rates = claimed([(4, 0), (4, 1), (2, 2), (0, 0)])
+    assert rates == {"x/false_claim_share": 0.3, "rate": 0.5, "x/coverage": 0.75}
 
 
 def test_rates_over_nothing() -> None:
-    empty = hallucination_rates([])
-    assert all(math.isnan(rate) for rate in (empty.chair_i, empty.chair_s, empty.coverage))
-    silent = hallucination_rates([(0, 0), (0, 0)])
-    assert math.isnan(silent.chair_i)
-    assert (silent.chair_s, silent.coverage) == (0.0, 0.0)
-
-
-def test_more_false_claims_than_claims() -> None:
-    with pytest.raises(ValueError, match=r"counts\[1\]"):
-        hallucination_rates([(1, 1), (1, 2)])
+    assert claimed([]) == {}
+    assert claimed([(0, 0), (0, 0)]) == {"rate": 0.0, "x/coverage": 0.0}

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from learner_views import grpo_loss
 
-from skyrl.objective.grpo import grpo_loss
 from skyrl.objective.kl import ESTIMATORS
 from skyrl.settings import GrpoConfig, KlEstimator, KlPlace
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from skyrl.evaluation import monitors
 from skyrl.evaluation.monitors import blind_metrics, build_monitors, claims, gate_monitor, phrase_monitor
 from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
 from skyrl.rewards import claims as hallucination
-from skyrl.settings import HallucinationConfig
+from skyrl.settings import Config, HallucinationConfig, ThresholdKind
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 
@@ -23,7 +23,7 @@ PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 def sample(
     text: str = "<answer>1</answer>",
     rule: float | None = 1.0,
-    model: float = math.nan,
+    model: float | None = None,
     claimed: tuple[int, int] = (0, 0),
 ) -> Sample:
     return Sample(
@@ -65,9 +65,9 @@ def test_claims_overall_and_by_kind() -> None:
             "eval/hallucination/max": 1.0,
         }
     )
-    nothing = claims([group("e/3", sample(), picture=False)])
-    assert set(nothing) == {"eval/hallucination", "eval/false_claim_share", "eval/coverage"}
-    assert all(math.isnan(value) for value in nothing.values())
+    assert claims([group("e/3", sample(), picture=False), group("e/5")]) == {}
+    silent = {"eval/hallucination": 0.0, "eval/coverage": 0.0, "eval/hallucination/sum": 0.0}
+    assert claims([group("e/6", sample())]) == silent  # no claim is false: of none there is no share
 
 
 def test_gate() -> None:
@@ -122,6 +122,11 @@ def answered(answer: str | None, rule: float | None) -> Sample:
     return sample("<think>I see" if answer is None else f"<think>..</think><answer>{answer}</answer>", rule)
 
 
+def asked_blind(name: str, *samples: Sample) -> SampleGroup:
+    made = group(name, *samples, picture=False)
+    return replace(made, prompt=replace(made.prompt, variant="blind"))
+
+
 def test_blind() -> None:
     groups = [
         group("e/0", answered("red ball", 1.0)),
@@ -133,12 +138,12 @@ def test_blind() -> None:
         group("e/6", answered("12", 0.0)),
     ]
     blind = [
-        group("e/4#blind", answered("", 0.0), picture=False),
-        group("e/0#blind", answered(" Red  Ball", 1.0), picture=False),
-        group("e/1#blind", answered("3", 0.0), picture=False),
-        group("e/2#blind", answered(None, 0.0), picture=False),
-        group("e/3#blind", answered("4", None), picture=False),  # agrees, but could not be scored
-        group("e/6#blind", answered("1 2", 0.0), picture=False),
+        asked_blind("e/4", answered("", 0.0)),
+        asked_blind("e/0", answered(" Red  Ball", 1.0)),
+        asked_blind("e/1", answered("3", 0.0)),
+        asked_blind("e/2", answered(None, 0.0)),
+        asked_blind("e/3", answered("4", None)),  # agrees, but could not be scored
+        asked_blind("e/6", answered("1 2", 0.0)),
     ]
     assert blind_metrics(groups, blind) == pytest.approx(
         {
@@ -153,12 +158,16 @@ def test_blind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "samples", "message"),
-    [("e/0", 1, "e/0"), ("e/9#blind", 1, "e/9#blind"), ("e/0#blind", 0, "0 samples")],
+    ("blind", "message"),
+    [
+        (group("e/0", sample()), "'e/0' of variant ''"),
+        (asked_blind("e/9", sample()), "'e/9' of variant 'blind'"),
+        (asked_blind("e/0"), "'e/0': 0 samples"),
+    ],
 )
-def test_blind_without_counterpart(name: str, samples: int, message: str) -> None:
+def test_blind_without_counterpart(blind: SampleGroup, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        blind_metrics([group("e/0", sample())], [group(name, *[sample()] * samples)])
+        blind_metrics([group("e/0", sample())], [blind])
 
 
 @pytest.fixture
@@ -175,36 +184,27 @@ def names(found: list[monitors.Monitor]) -> list[str]:
 
 def test_built_from_the_settings(registry: dict) -> None:
     scored = [group("e/0", sample("dark", model=0.5))]
-    cfg = HallucinationConfig(gate_score=1.0, phrases=["dark"])
-    merged: dict[str, float] = {}
-    for monitor in build_monitors(cfg, None):
-        merged |= monitor(scored)
-    assert (merged["eval/gate_rejected"], merged["eval/denial"]) == (1.0, 1.0)
-    (rejected,) = [
-        m(scored)["eval/gate_rejected"] for m in build_monitors(cfg, 0.5) if "eval/gate_rejected" in m(scored)
-    ]
-    assert rejected == 0.0  # the gate's own threshold
+    cfg = Config(hallucination=HallucinationConfig(gate_score=1.0, phrases=["dark"]))
+    cfg.algorithm.gate.value = 0.5
+
+    def merged() -> dict[str, float]:
+        return {name: value for monitor in build_monitors(cfg) for name, value in monitor(scored).items()}
+
+    assert (merged()["eval/gate_rejected"], merged()["eval/denial"]) == (1.0, 1.0)
+    cfg.algorithm.gate.kind = ThresholdKind.quantile  # its value is only where it starts
+    assert merged()["eval/gate_rejected"] == 1.0
+    cfg.algorithm.gate.kind = ThresholdKind.fixed
+    assert merged()["eval/gate_rejected"] == 0.0  # the gate's own threshold
 
 
-def test_own_monitors(registry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_monitors(registry: dict) -> None:
+    cfg = Config(hallucination=HallucinationConfig(gate_score=0.5))
     monitors.register_monitor("mine", lambda cfg, gate: lambda groups: {"eval/own/mine": len(groups) + gate})
-    (own,) = [m for m in build_monitors(HallucinationConfig(gate_score=0.5), None) if "eval/own/mine" in m([])]
+    (own,) = [m for m in build_monitors(cfg) if "eval/own/mine" in m([])]
     assert own([]) == {"eval/own/mine": 0.5}
+    assert "eval/hallucination" in names(build_monitors(cfg))
     monitors.register_monitor("claims", lambda cfg, gate: lambda groups: {})
-    assert "eval/hallucination" not in names(build_monitors(HallucinationConfig(), None))
-
-    def load() -> None:
-        monitors.register_monitor("late", lambda cfg, gate: lambda groups: {"eval/own/late": 1.0})
-
-    asked: list[str] = []
-
-    def installed(group: str) -> list[SimpleNamespace]:
-        asked.append(group)
-        return [SimpleNamespace(load=load)]
-
-    monkeypatch.setattr(monitors, "entry_points", installed)
-    assert "eval/own/late" in names(build_monitors(HallucinationConfig(), None))
-    assert asked == ["skyrl.plugins"]
+    assert "eval/hallucination" not in names(build_monitors(cfg))
 
 
 def test_the_example_of_the_documentation_runs(registry: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,4 +215,4 @@ def test_the_example_of_the_documentation_runs(registry: dict, monkeypatch: pyte
     found = hallucination.check_claims("A red and a Blue ball", {"colours": ["red"]})
     assert [(claim.text, claim.true) for claim in found] == [("red", True), ("Blue", False)]
     groups = [group("e/0", sample("red"), sample("a long, long answer about colours"))]
-    assert [m(groups) for m in build_monitors(HallucinationConfig(), None)][-1] == {"eval/own/short": 0.5}
+    assert [m(groups) for m in build_monitors(Config())][-1] == {"eval/own/short": 0.5}

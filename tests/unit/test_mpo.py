@@ -4,16 +4,9 @@ import math
 
 import pytest
 import torch
+from learner_views import make_view, merged, mpo_loss
 
-from skyrl.objective.hybrid import merge_stats
-from skyrl.objective.mpo import (
-    RunningDelta,
-    compares_with_reference,
-    implicit_reward_sum,
-    loss_weights,
-    mpo_loss,
-    uses_delta,
-)
+from skyrl.objective.mpo import Mpo, RunningDelta, compares_with_reference, loss_weights, uses_delta
 from skyrl.settings import DeltaKind, MpoConfig
 
 NO_NLL = (0.8, 0.2, 0.0)
@@ -40,14 +33,14 @@ def run(h_chosen, h_rejected, delta, weights=NO_NLL, cfg=MpoConfig()):  # noqa: 
 )
 def test_known_values(h, delta, dpo, bco, total):
     loss, sums = run(*h, delta)
-    assert sums["mpo_preference"] == pytest.approx(dpo, abs=1e-6)
-    assert sums["mpo_quality"] == pytest.approx(bco, abs=1e-6)
+    assert sums["loss/preference"] == pytest.approx(dpo, abs=1e-6)
+    assert sums["loss/quality"] == pytest.approx(bco, abs=1e-6)
     assert loss == pytest.approx(total, abs=1e-6)
 
 
 def test_generation_is_the_mean_negative_log_likelihood_of_the_chosen():
     loss, sums = run(0.0, 0.0, 0.0, DEFAULT)
-    assert sums["mpo_generation"] == pytest.approx(7.0 / 4)
+    assert sums["loss/generation"] == pytest.approx(7.0 / 4)
     assert loss == pytest.approx(0.831777 + 7.0 / 4, abs=1e-6)
 
 
@@ -62,10 +55,10 @@ def test_preference_gradient_at_the_reference_is_half_beta():
 def test_a_shared_shift_of_h_changes_only_the_quality_term():
     _, sums = run(2.0, -1.0, 0.0)
     _, shifted = run(5.0, 2.0, 0.0)
-    assert shifted["mpo_preference"] == pytest.approx(sums["mpo_preference"], abs=1e-12)
-    assert abs(shifted["mpo_quality"] - sums["mpo_quality"]) > 0.01
+    assert shifted["loss/preference"] == pytest.approx(sums["loss/preference"], abs=1e-12)
+    assert abs(shifted["loss/quality"] - sums["loss/quality"]) > 0.01
     _, with_delta = run(5.0, 2.0, 0.3)  # β · 3: δ takes the shift up
-    assert with_delta["mpo_quality"] == pytest.approx(sums["mpo_quality"], abs=1e-12)
+    assert with_delta["loss/quality"] == pytest.approx(sums["loss/quality"], abs=1e-12)
 
 
 def random_pairs(n=4):
@@ -98,10 +91,10 @@ def test_loss_and_sums_agree_with_plain_formulas(cfg):
         correct += bc > br
         margin += bc - br
     assert loss.item() == pytest.approx(total / 6, rel=1e-12)
-    assert sums["mpo_loss"].item() == pytest.approx(total, rel=1e-12)
-    assert sums["mpo_preference"].item() == pytest.approx(preference, rel=1e-12)
-    assert sums["mpo_margin"].item() == pytest.approx(margin)
-    assert sums["mpo_correct"].item() == correct and sums["mpo_pairs"].item() == 4
+    assert sums["loss/mpo"].item() == pytest.approx(total, rel=1e-12)
+    assert sums["loss/preference"].item() == pytest.approx(preference, rel=1e-12)
+    assert sums["mpo/margin"].item() == pytest.approx(margin)
+    assert sums["mpo/accuracy"].item() == correct and sums["pairs"].item() == 4
 
 
 @pytest.mark.parametrize("cfg", CASES)
@@ -128,7 +121,7 @@ def test_smoothed_preference_is_least_where_the_labels_are_as_unsure():
         mpo_loss(chosen, zero, zero, zero, tensor(1.0), 0.0, cfg, 1, (1.0, 0.0, 0.0))[0].backward()
         assert (chosen.grad.item() > 1e-9) - (chosen.grad.item() < -1e-9) == slope
     # By hand at θ = π_0: −log ½ whatever ε.
-    assert run(0.0, 0.0, 0.0, cfg=MpoConfig(label_smoothing=0.3))[1]["mpo_preference"] == pytest.approx(math.log(2))
+    assert run(0.0, 0.0, 0.0, cfg=MpoConfig(label_smoothing=0.3))[1]["loss/preference"] == pytest.approx(math.log(2))
 
 
 def test_reference_free_reads_no_reference():
@@ -138,7 +131,7 @@ def test_reference_free_reads_no_reference():
     for references in ((None, None), (ref_chosen, ref_rejected * math.nan)):
         got = mpo_loss(chosen, rejected, *references, lengths, 0.1, cfg, 4, DEFAULT)
         assert got[0].item() == want[0].item()
-        assert got[1]["mpo_margin"].item() == want[1]["mpo_margin"].item()
+        assert got[1]["mpo/margin"].item() == want[1]["mpo/margin"].item()
     with pytest.raises(ValueError, match="reference is None"):
         mpo_loss(chosen, rejected, None, None, lengths, 0.1, MpoConfig(), 4, DEFAULT)
 
@@ -182,8 +175,8 @@ def test_micro_batches_change_nothing():
     whole, sums = mpo_loss(*data, 0.1, MpoConfig(), 4, DEFAULT)
     parts = [mpo_loss(*(x[rows] for x in data), 0.1, MpoConfig(), 4, DEFAULT) for rows in ([2], [0, 3], [1])]
     assert sum(part[0].item() for part in parts) == pytest.approx(whole.item(), rel=1e-12)
-    merged = merge_stats(part[1] for part in parts)
-    assert {k: v.item() for k, v in merged.items()} == pytest.approx({k: v.item() for k, v in sums.items()})
+    both = merged([part[1] for part in parts], [(Mpo(MpoConfig()), 1.0)])
+    assert both == pytest.approx({k: v.item() for k, v in sums.items()})
 
 
 def test_extreme_log_probabilities_stay_finite():
@@ -197,17 +190,29 @@ def test_no_pairs_give_loss_zero():
     empty = torch.zeros(0, requires_grad=True)
     loss, sums = mpo_loss(empty, empty, empty, empty, empty, 0.0, MpoConfig(), 0, DEFAULT)
     loss.backward()
-    assert loss.item() == 0 and sums["mpo_pairs"].item() == 0
+    assert loss.item() == 0 and sums["pairs"].item() == 0
 
 
-def test_refuses_shapes_and_denominator():
-    one, two = torch.zeros(1), torch.zeros(2)
-    with pytest.raises(ValueError, match="four times"):
-        mpo_loss(one, two, one, one, one, 0.0, MpoConfig(), 1, DEFAULT)
-    with pytest.raises(ValueError, match="chosen_lengths"):
-        mpo_loss(one, one, one, one, two, 0.0, MpoConfig(), 1, DEFAULT)
-    with pytest.raises(ValueError, match="denominator is -2"):
-        mpo_loss(one, one, one, one, one, 0.0, MpoConfig(), -2, DEFAULT)
+def test_masked_tokens_are_as_if_they_were_not_there():
+    """In the sums, |y_c| and the KL: the middle token of the chosen answer is a tool's, and forbidden to the policy. A
+    rejected answer without any token left has h = 0."""
+    logprobs = torch.tensor([[-1.0, -math.inf, -2.0], [-3.0, -4.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-1.5, math.nan, -2.5], [-2.0, -4.5, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    pair = {"chosen": torch.tensor([0]), "rejected": torch.tensor([1]), "delta": 0.1}
+    loss, stats = Mpo(MpoConfig()).loss(make_view(logprobs, reference=reference, mask=mask, **pair))
+    loss.backward()
+    want = run(1.0, -0.5, 0.1, DEFAULT)  # the generation term of run() is 6 / 4
+    assert loss.item() == pytest.approx(want[0] - 6 / 4 + 3 / 2)
+    assert stats["loss/generation"].item() == pytest.approx(3 / 2)
+    d = [-0.5, -0.5, 1.0, -0.5]
+    assert stats["mpo/kl_reference"].item() == pytest.approx(sum(math.exp(x) - x - 1 for x in d))
+    assert torch.isfinite(logprobs.grad).all() and not logprobs.grad[~mask].any() and logprobs.grad[mask].all()
+    empty = mask & torch.tensor([[True], [False]])
+    loss, stats = Mpo(MpoConfig()).loss(make_view(logprobs, reference=reference, mask=empty, **pair))
+    assert stats["mpo/rejected_reward"].item() == 0 and math.isfinite(loss.item())
+    loss, stats = Mpo(MpoConfig()).loss(make_view(logprobs, reference=reference, mask=mask & False, **pair))
+    assert loss.item() == pytest.approx(run(0.0, 0.0, 0.1)[0])  # no division by an empty answer
 
 
 def test_delta_is_the_cumulative_mean_and_survives_a_checkpoint():
@@ -229,14 +234,3 @@ def test_exponential_delta():
     resumed.load_state_dict(delta.state_dict())
     assert resumed.update(-0.3) == delta.update(-0.3) == pytest.approx(0.1125)
     assert [RunningDelta(DeltaKind.exponential, 0.0).update(mean) for mean in (5.0, -3.0)] == [5.0, -3.0]
-    with pytest.raises(ValueError, match=r"decay of delta is 1.0"):
-        RunningDelta(DeltaKind.exponential, 1.0)
-
-
-def test_delta_of_the_first_step_is_the_mean_over_all_ranks():
-    # h = (2, −1) with β 0.1: mean of 0.2 and −0.1.
-    chosen, rejected = tensor(2.0, 2.0), tensor(-1.0, -1.0)
-    zero = tensor(0.0)
-    parts = [implicit_reward_sum(chosen[i : i + 1], rejected[i : i + 1], zero, zero, 0.1) for i in range(2)]
-    assert RunningDelta(DeltaKind.cumulative, 0.9).update(sum(parts).item() / 4) == pytest.approx(0.05)
-    assert implicit_reward_sum(chosen, rejected, None, None, 0.1).item() == pytest.approx(0.2)

@@ -4,117 +4,138 @@ from __future__ import annotations
 
 import pytest
 import torch
+from learner_views import make_view
 
-from skyrl.objective.hybrid import combine, finalise, merge_stats
-from skyrl.records import SkyrlError
-from skyrl.settings import Aggregation, AlgorithmConfig, Stage
+from skyrl.objective.grpo import Grpo
+from skyrl.objective.hybrid import COVERED, active_terms, hybrid_loss, run_terms, step_metrics, step_stats
+from skyrl.objective.mpo import Mpo
+from skyrl.objective.term import Counts, Term
+from skyrl.records import SkyrlError, TrainBatch
+from skyrl.settings import Aggregation, AlgorithmConfig, GrpoConfig, Mismatch, MpoConfig, Stage
 
+COVER = {"samples": 7.0, "tokens": 30.0, "grpo_tokens": 10.0, "pairs": 2.0}
+STEP = {"learner/entropy": 60.0, "learner/logprob_gap_fresh": 0.25}
 GRPO_SUMS = {
-    "grpo_loss": 4.0,
-    "grpo_tokens": 10.0,
-    "grpo_clipped": 1.0,
-    "grpo_ratio": 11.0,
-    "grpo_ratio_max": 1.5,
-    "grpo_kl_behaviour": 0.2,
+    "loss/grpo": 4.0,
+    "grpo/clip_fraction": 1.0,
+    "grpo/ratio_mean": 11.0,
+    "grpo/ratio_max": 1.5,
+    "grpo/kl_behaviour": 0.2,
 }
 MPO_SUMS = {
-    "mpo_loss": 6.0,
-    "mpo_pairs": 2.0,
-    "mpo_preference": 1.0,
-    "mpo_quality": 2.0,
-    "mpo_generation": 3.0,
-    "mpo_margin": 0.4,
-    "mpo_correct": 1.0,
-    "mpo_chosen_reward": 0.6,
-    "mpo_rejected_reward": 0.2,
+    "loss/mpo": 6.0,
+    "loss/preference": 1.0,
+    "loss/quality": 2.0,
+    "loss/generation": 3.0,
+    "mpo/margin": 0.4,
+    "mpo/accuracy": 1.0,
+    "mpo/chosen_reward": 0.6,
+    "mpo/rejected_reward": 0.2,
+    "mpo/kl_reference": 2.0,
 }
-BOTH = (1.0, 0.5)
+EVERY_STEP = {"learner/entropy": 2.0, "learner/logprob_gap_fresh": 0.25}
+GRPO_METRICS = {"grpo/clip_fraction": 0.1, "grpo/ratio_mean": 1.1, "grpo/ratio_max": 1.5, "grpo/kl_behaviour": 0.02}
+MPO_METRICS = {
+    "loss/mpo": 3.0,
+    "loss/preference": 0.5,
+    "loss/quality": 1.0,
+    "loss/generation": 1.5,
+    "mpo/margin": 0.2,
+    "mpo/accuracy": 0.5,
+    "mpo/chosen_reward": 0.3,
+    "mpo/rejected_reward": 0.1,
+    "mpo/kl_reference": 0.2,
+}
 
 
-def test_combine_weighs_the_terms() -> None:
-    a, b = torch.tensor(2.0), torch.tensor(8.0)
-    assert combine(a, b, (0.5, 0.25)).item() == 3.0
-    assert combine(a, None, (0.5, 0.25)).item() == 1.0
-    assert combine(None, b, (0.5, 0.25)).item() == 2.0
-    with pytest.raises(ValueError, match="None"):
-        combine(None, None, (0.5, 0.25))
+def counts(**changes: int) -> Counts:
+    """Five GRPO samples with ten tokens, two pairs with ten, seven samples in all."""
+    known = {"samples": 7, "tokens": 30, "on_policy_tokens": 20, "grpo_samples": 5, "grpo_tokens": 10}
+    return Counts(**(known | {"grpo_max_tokens": 40, "pairs": 2, "pair_tokens": 10} | changes))
 
 
-def test_finalise_divides_by_the_whole_step() -> None:
-    sums = {**GRPO_SUMS, **MPO_SUMS, "grpo_kl_reference": 0.3}
-    assert finalise(sums, AlgorithmConfig(), BOTH, 5, 10, 2, 8, 0.05) == pytest.approx(
-        {
-            "loss/total": 0.8 + 0.5 * 3.0,
-            "loss/grpo": 0.8,
-            "loss/mpo": 3.0,
-            "loss/preference": 0.5,
-            "loss/quality": 1.0,
-            "loss/generation": 1.5,
-            "grpo/clip_fraction": 0.1,
-            "grpo/ratio_mean": 1.1,
-            "grpo/ratio_max": 1.5,
-            "grpo/kl_behaviour": 0.02,
-            "grpo/kl_reference": 0.03,
-            "mpo/margin": 0.2,
-            "mpo/accuracy": 0.5,
-            "mpo/chosen_reward": 0.3,
-            "mpo/rejected_reward": 0.1,
-            "mpo/pairs": 2.0,
-            "mpo/delta": 0.05,
-        }
+def grpo(**settings: object) -> tuple[Term, float]:
+    return Grpo(GrpoConfig(**settings)), 1.0  # type: ignore[arg-type]
+
+
+MPO = (Mpo(MpoConfig()), 0.5)
+
+
+def test_the_loss_weighs_the_terms_and_divides_by_the_whole_step() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -1.0]], requires_grad=True)
+    view = make_view(
+        logprobs,
+        reference=logprobs.detach(),
+        advantages=torch.tensor([1.0, -3.0]),
+        chosen=torch.tensor([0]),
+        rejected=torch.tensor([1]),
+        counts=counts(),
+    )
+    # GRPO: −1 + 3 over 5 samples. MPO at π_0: 0.8 log 2 + 0.2 · 2 log 2 + 3/2 over 2 pairs.
+    parts = (2 / 5, (0.8 * 0.693147 + 0.2 * 1.386294 + 1.5) / 2)
+    for active, want in (([grpo()], parts[0]), ([MPO], 0.5 * parts[1]), ([grpo(), MPO], parts[0] + 0.5 * parts[1])):
+        loss, stats = hybrid_loss(view, active)
+        assert loss.item() == pytest.approx(want, rel=1e-5)
+        assert stats.keys() == {stat.name for stat in step_stats(active)}
+        assert all(value.dtype is torch.float64 and not value.requires_grad for value in stats.values())
+
+
+def test_metrics_are_divided_by_the_whole_step() -> None:
+    sums = COVER | STEP | GRPO_SUMS | MPO_SUMS | {"grpo/kl_reference": 0.3}
+    assert step_metrics([grpo(kl_weight=0.1), MPO], sums, counts()) == pytest.approx(
+        EVERY_STEP
+        | GRPO_METRICS
+        | MPO_METRICS
+        | {"loss/total": 0.8 + 0.5 * 3.0, "loss/grpo": 0.8, "grpo/kl_reference": 0.03}
     )
 
 
 @pytest.mark.parametrize(("aggregation", "loss"), [("sample", 0.8), ("token", 0.4), ("fixed", 0.1)])
 def test_grpo_loss_is_divided_as_it_was_aggregated(aggregation: str, loss: float) -> None:
-    cfg = AlgorithmConfig()
-    cfg.grpo.aggregation = Aggregation(aggregation)
-    metrics = finalise(GRPO_SUMS, cfg, (3.0, 0.5), 5, 10, 0, 8)
+    term = Grpo(GrpoConfig(aggregation=Aggregation(aggregation)))
+    metrics = step_metrics([(term, 3.0)], COVER | STEP | GRPO_SUMS, counts())
     assert (metrics["loss/grpo"], metrics["loss/total"]) == pytest.approx((loss, 3 * loss))
 
 
 @pytest.mark.parametrize(
-    ("name", "metric"),
+    ("settings", "metrics"),
     [
-        ("grpo_dual_clipped", "grpo/dual_clip_fraction"),
-        ("grpo_masked", "grpo/masked_fraction"),
-        ("grpo_truncated", "grpo/truncated_fraction"),
-        ("grpo_mismatch", "grpo/mismatch_mean"),
+        ({"dual_clip": 3.0}, ["grpo/dual_clip_fraction"]),
+        ({"mismatch": Mismatch.token_mask}, ["grpo/masked_fraction", "grpo/mismatch_mean"]),
+        ({"mismatch": Mismatch.sequence_mask}, ["grpo/masked_fraction", "grpo/mismatch_mean"]),
+        ({"mismatch": Mismatch.token_truncate}, ["grpo/truncated_fraction", "grpo/mismatch_mean"]),
+        ({"kl_weight": 0.1}, ["grpo/kl_reference"]),
     ],
 )
-def test_optional_metrics(name: str, metric: str) -> None:
-    plain = finalise(GRPO_SUMS, AlgorithmConfig(), BOTH, 5, 10, 0, 8)
-    more = finalise({**GRPO_SUMS, name: 4.0}, AlgorithmConfig(), BOTH, 5, 10, 0, 8)
-    assert metric not in plain and more == plain | {metric: 0.4}
+def test_optional_metrics(settings: dict[str, object], metrics: list[str]) -> None:
+    plain = step_metrics([grpo()], COVER | STEP | GRPO_SUMS, counts())
+    more = step_metrics([grpo(**settings)], COVER | STEP | GRPO_SUMS | dict.fromkeys(metrics, 4.0), counts())
+    assert not set(metrics) & plain.keys() and more == plain | dict.fromkeys(metrics, 0.4)
 
 
-def test_finalise_leaves_absent_terms_out() -> None:
-    cfg = AlgorithmConfig()
-    grpo_only = finalise(GRPO_SUMS, cfg, BOTH, 5, 10, 0, 8)
-    assert grpo_only["mpo/pairs"] == 0 and not {"loss/mpo", "mpo/margin", "grpo/kl_reference"} & grpo_only.keys()
-    mpo_only = finalise(MPO_SUMS, cfg, (1.0, 0.25), 0, 0, 2, 8)
-    assert "loss/grpo" not in mpo_only and mpo_only["loss/total"] == pytest.approx(0.75)
-    assert finalise({}, cfg, BOTH, 0, 0, 0, 8) == {"mpo/pairs": 0.0}
+def test_what_a_step_has_nothing_of_is_left_out() -> None:
+    nothing = counts(grpo_samples=0, grpo_tokens=0, grpo_max_tokens=0)
+    mpo_only = step_metrics([grpo(), MPO], COVER | STEP | GRPO_SUMS | MPO_SUMS | {"grpo_tokens": 0.0}, nothing)
+    assert mpo_only == pytest.approx(EVERY_STEP | MPO_METRICS | {"loss/total": 1.5})
+    nothing = counts(pairs=0, pair_tokens=0, on_policy_tokens=0)
+    grpo_only = step_metrics([grpo(), MPO], COVER | STEP | GRPO_SUMS | MPO_SUMS | {"pairs": 0.0}, nothing)
+    assert grpo_only == pytest.approx(GRPO_METRICS | {"loss/grpo": 0.8, "loss/total": 0.8, "learner/entropy": 2.0})
+    assert step_metrics([], COVER | STEP, counts()) == EVERY_STEP
 
 
-def test_a_term_of_weight_zero_is_absent() -> None:
-    """In a stage that does not train it there are samples or pairs in the batch, but no statistics of them."""
+def test_terms_of_a_run_and_of_a_step() -> None:
     cfg = AlgorithmConfig(stage=Stage.mpo_then_grpo, mpo_steps=2)
-    first = finalise(MPO_SUMS, cfg, cfg.weights(2), 5, 10, 2, 8)
-    assert first["loss/total"] == pytest.approx(0.25 * 3.0) and "loss/grpo" not in first
-    second = finalise(GRPO_SUMS, cfg, cfg.weights(3), 5, 10, 2, 8)
-    assert second["loss/total"] == pytest.approx(0.8) and "loss/mpo" not in second
-    assert second["mpo/pairs"] == 2
+    assert [term.name for term in run_terms(cfg)] == ["grpo", "mpo"]
+    assert [term.name for term in run_terms(AlgorithmConfig(stage=Stage.mpo))] == ["mpo"]
+    assert [term.name for term in run_terms(AlgorithmConfig(mpo=MpoConfig(weight=0.0)))] == ["grpo"]
+    for step, want in ((2, [("mpo", 0.25)]), (3, [("grpo", 1.0)])):
+        batch = TrainBatch(step, 0, cfg.weights(step), [], [], 0, 0)
+        assert [(term.name, weight) for term, weight in active_terms(run_terms(cfg), batch)] == want
 
 
-def test_finalise_notices_a_lost_micro_batch() -> None:
-    with pytest.raises(SkyrlError, match="cover 10 GRPO tokens; the step has 12"):
-        finalise(GRPO_SUMS, AlgorithmConfig(), BOTH, 5, 12, 0, 8)
-    with pytest.raises(SkyrlError, match="cover 2 pairs; the step has 3"):
-        finalise(MPO_SUMS, AlgorithmConfig(), BOTH, 0, 0, 3, 8)
-
-
-def test_maxima_merge_as_maxima() -> None:
-    parts = [{"a": 1.0, "b_max": 3.0}, {"a": 2.0, "b_max": 2.0}, {"c": 1.0}]
-    merged = merge_stats({name: torch.tensor(value) for name, value in part.items()} for part in parts)
-    assert {name: value.item() for name, value in merged.items()} == {"a": 3.0, "b_max": 3.0, "c": 1.0}
+@pytest.mark.parametrize("what", [stat.name for stat in COVERED])
+def test_a_lost_micro_batch_or_wrong_counts_are_noticed(what: str) -> None:
+    sums = COVER | STEP | GRPO_SUMS | MPO_SUMS
+    shown = what.replace("grpo_", "GRPO ")
+    with pytest.raises(SkyrlError, match=f"cover {COVER[what]:g} {shown}; the step has {COVER[what] + 1:g}"):
+        step_metrics([grpo(), MPO], sums, counts(**{what: int(COVER[what]) + 1}))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.policy.packing import ghost_row, plan_micro_batches
+from skyrl.policy.packing import distinct_rows, ghost_row, plan_micro_batches
 from skyrl.records import PreferencePair, Prompt, Sample, TrainItem
 
 
@@ -113,3 +113,20 @@ def test_ghost_of_a_step_without_pictures() -> None:
     items = [item(5, 5, False), item(1, 1, False)]
     assert ghost_row(items, []) == 1
     assert ghost_row(items, [0]) is None
+
+
+def test_rows_are_equal_in_prompt_variant_and_answer() -> None:
+    def row(name: str, variant: str, *answer: int) -> tuple[Prompt, np.ndarray, np.ndarray]:
+        return Prompt(name, "q", (), "1", "exact", variant=variant), np.array([1, 2]), np.array(answer, np.int32)
+
+    different = [
+        row("a", "", 5, 6),
+        row("a", "", 5),
+        row("a", "blind", 5, 6),
+        row("b", "", 5, 6),
+        row("a#blind", "", 5),
+    ]
+    kept, places = distinct_rows([*different, *different[::-1]])
+    assert [(r[0].key, r[2].tolist()) for r in kept] == [(r[0].key, r[2].tolist()) for r in different]
+    assert places == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
+    assert distinct_rows([]) == ([], [])

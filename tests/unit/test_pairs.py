@@ -53,7 +53,8 @@ def test_an_answer_that_may_not_be_chosen_can_still_be_rejected():
 
 def ruled(rules, scores, threshold=NO_THRESHOLD, count=4, valid=None, choosable=None):
     valid = np.ones(len(rules), bool) if valid is None else np.array(valid)
-    return rule_pairs(np.array(rules), np.array(scores, dtype=float), valid, threshold, count, choosable)
+    scores = None if scores is None else np.array(scores, dtype=float)
+    return rule_pairs(np.array(rules) == 1, scores, valid, threshold, count, choosable)
 
 
 def test_rule_pairs_take_the_best_right_and_the_worst_wrong_answer():
@@ -68,15 +69,11 @@ def test_rule_pairs_take_the_best_right_and_the_worst_wrong_answer():
 
 
 def test_rule_pairs_without_a_reward_model_go_by_index_and_pass_only_without_a_threshold():
-    nothing = [math.nan] * 4
-    found = ruled([0.0, 1.0, 0.0, 1.0], nothing)
-    assert [pair[:2] for pair in found] == [(1, 0), (3, 2)] and all(math.isnan(pair[2]) for pair in found)
-    assert ruled([0.0, 1.0, 0.0, 1.0], nothing, threshold=-1e300) == []
+    assert ruled([0.0, 1.0, 0.0, 1.0], None) == [(1, 0, None), (3, 2, None)]
+    assert ruled([0.0, 1.0, 0.0, 1.0], None, threshold=-1e300) == []
     assert ruled([0.0, 1.0], [math.nan, 2.0], valid=[False, True]) == []
     with pytest.raises(ValueError, match=r"samples \[2\] are \[nan\]"):
         ruled([0.0, 1.0, 0.0], [0.0, 1.0, math.nan])
-    with pytest.raises(ValueError, match=r"rule scores of samples \[0\] are nan"):
-        ruled([math.nan, 1.0], [0.0, 1.0])
 
 
 def test_refuses_bad_arguments():
@@ -84,7 +81,7 @@ def test_refuses_bad_arguments():
         reward_margin_pairs(np.zeros(2), np.ones(3, bool), 1.0, 1)
     with pytest.raises(ValueError, match=r"choosable \(3,\)"):
         reward_margin_pairs(np.zeros(2), np.ones(2, bool), 1.0, 1, np.ones(3, bool))
-    with pytest.raises(ValueError, match=r"rule scores have shape \(1,\), scores \(2,\)"):
+    with pytest.raises(ValueError, match=r"right has shape \(1,\), scores \(2,\)"):
         rule_pairs(np.zeros(1), np.zeros(2), np.ones(2, bool), 1.0, 1)
     with pytest.raises(ValueError, match="nan"):
         pairs([0.0, 1.0], threshold=math.nan)
@@ -102,7 +99,7 @@ def test_refuses_bad_arguments():
 def test_rule_properties(rows, threshold, count):
     rules, scores = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
     valid, choosable = np.array([row[2] for row in rows], bool), np.array([row[3] for row in rows], bool)
-    found = rule_pairs(rules, scores, valid, threshold, count, choosable)
+    found = rule_pairs(rules == 1, scores, valid, threshold, count, choosable)
     used = [place for chosen, rejected, _ in found for place in (chosen, rejected)]
     assert len(found) <= count and len(set(used)) == len(used) and all(valid[used])
     assert all(rules[c] == 1 and choosable[c] and rules[r] < 1 and m == scores[c] - scores[r] for c, r, m in found)

@@ -196,12 +196,38 @@ def test_broken_pictures(
         ({k: [v] for k, v in ROW.items()} | {"images": [PNG]}, "column 'images': got type binary; allowed: list of"),
         ({k: [v] for k, v in ROW.items()} | {"image": [[PNG]]}, "column 'image' is unknown; did you mean 'images'?"),
         ({k: pa.array([], pa.string()) for k in ROW}, "got 0 rows; allowed: 1 or more"),
+        *(
+            ({k: [v] for k, v in ROW.items()} | {name: [value]}, f"column '{name}' looks like pictures, which are read")
+            for name, value in (
+                ("image_path", "red.png"),
+                ("image_bytes", PNG),
+                ("picture", {"bytes": PNG, "path": None}),
+                ("img", [PNG]),
+                ("decoded_IMAGE", "red.png"),
+                ("photoUrl", "http://localhost/red.png"),
+            )
+        ),
     ],
 )
 def test_wrong_columns(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "p.parquet")
     with pytest.raises(DataError, match=message):
         ParquetPrompts(tmp_path / "p.parquet")
+
+
+def test_other_columns_are_ignored(tmp_path: Path) -> None:
+    others = {"source": "web", "image_count": 1, "has_picture": False, "level": 3.0}
+    assert ParquetPrompts(write(tmp_path / "p.parquet", [ROW | others]))[0].images == ()
+    beside = {"images": [PNG], "image_path": "red.png"}  # where the pictures are read, a note on them is harmless
+    assert len(ParquetPrompts(write(tmp_path / "q.parquet", [ROW | beside]))[0].images) == 1
+
+
+def test_verifiers_of_the_settings_are_known_and_travel_to_other_processes(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.parquet", [ROW, ROW | {"verifier": "close"}, ROW | {"verifier": "a.b:c"}])
+    with pytest.raises(DataError, match="row 1, column 'verifier': unknown verifier 'close'; allowed: exact, numeric"):
+        ParquetPrompts(path)
+    read = pickle.loads(pickle.dumps(ParquetPrompts(path, verifiers={"close": "my_verifiers:close_enough"})))
+    assert read.verifiers() == ["a.b:c", "close", "numeric"]
 
 
 def test_files_that_are_no_parquet(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Forward passes without gradient: the same values however they are cut, and the masked-picture probe."""
+"""Forward passes without gradient: the same values however they are cut."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import tiny_models
 import torch
 
 from skyrl.data.pictures import mask_picture
-from skyrl.evaluation.picture_drop import masked_group, picture_drop_metrics, probed_groups
-from skyrl.learner.passes import Rows, Share, distinct_share, pair_members, score_groups, score_share
+from skyrl.evaluation.picture_drop import masked_group
+from skyrl.learner.passes import Rows, Share, distinct_share, score_groups, score_share
 from skyrl.policy.encode import EncodedBatch
 from skyrl.policy.module import PolicyModule
 from skyrl.records import PreferencePair, Prompt, Sample, SampleGroup, TrainBatch, TrainItem
-from skyrl.settings import AlgorithmConfig, HallucinationConfig, Stage
+from skyrl.settings import HallucinationConfig
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,11 @@ def test_groups_are_scored_within_the_token_budget(policy: Policy) -> None:
 
 def share(policy: Policy, parts: list[list[int]]) -> Share:
     items = [TrainItem(g.prompt, g.prompt_ids, g.samples[0], 0.0) for g in policy.groups()]
-    return Share.of(TrainBatch(1, items, [PreferencePair(0, 3, 1.0)], 0, 0), parts, policy.encoder, CPU)
+    return Share.of(step_of(items, [PreferencePair(0, 3, 1.0)]), parts, policy.encoder, CPU)
+
+
+def step_of(items: list[TrainItem], pairs: list[PreferencePair] | None = None) -> TrainBatch:
+    return TrainBatch(1, 0, {"mpo": 1.0}, items, pairs or [], 0, 0)
 
 
 def repeated(policy: Policy) -> list[TrainItem]:
@@ -93,7 +97,7 @@ def repeated(policy: Policy) -> list[TrainItem]:
 
 
 def test_equal_rows_run_once_and_keep_their_places(policy: Policy) -> None:
-    batch = TrainBatch(1, repeated(policy), [], 0, 0)
+    batch = step_of(repeated(policy))
     step = Share.of(batch, [[0, 1, 2], [3, 4]], policy.encoder, CPU)
     every = [one_by_one(policy, g) for g in policy.groups()]
     for collective in (False, True):
@@ -152,12 +156,6 @@ def test_only_wanted_items_are_sure_to_be_scored(policy: Policy, collective: boo
     assert policy.passes == []
 
 
-def test_pair_members_of_a_stage(policy: Policy) -> None:
-    batch = share(policy, []).batch
-    assert pair_members(batch, AlgorithmConfig()) == {0, 3}
-    assert pair_members(batch, AlgorithmConfig(stage=Stage.grpo)) == set()
-
-
 # ---------------------------------------------------------------- masked pictures
 
 
@@ -195,25 +193,12 @@ def test_mask_refuses(share_: float, patch: int) -> None:
         mask_picture(tiny_models.noise(0), "a", share_, patch)
 
 
-def test_masked_group_keeps_question_and_answers_and_renames_the_prompt(policy: Policy) -> None:
+def test_masked_group_keeps_question_and_answers_and_marks_the_prompt(policy: Policy) -> None:
     cfg = HallucinationConfig(mask_patch=8)
     two = replace(policy.groups()[0], prompt=tiny_models.prompt("x", tiny_models.noise(0), tiny_models.noise(0)))
     masked = masked_group(two, cfg)
-    assert masked.prompt.id == "x#masked" and masked.prompt.question == two.prompt.question
+    assert masked.prompt.key == ("x", "masked") and masked.prompt.question == two.prompt.question
     assert masked.samples is two.samples
     first, second = masked.prompt.images
     assert not np.array_equal(first, two.prompt.images[0])
     assert not np.array_equal(first, second)  # each picture has patches of its own
-
-
-def test_probe_takes_the_first_groups_with_pictures(policy: Policy) -> None:
-    groups = policy.groups()
-    chosen = [[g.prompt.id for g in probed_groups(groups, HallucinationConfig(probe_prompts=n))] for n in (0, 1, 9)]
-    assert chosen == [[], ["a"], ["a", "c"]]
-
-
-def test_picture_drop_is_a_mean_over_tokens() -> None:
-    true = [np.array([-1.0, -2.0, -3.0], np.float32), np.array([-1.0], np.float32)]
-    masked = [np.array([-1.5, -2.5, -3.0], np.float32), np.array([-4.0], np.float32)]
-    assert picture_drop_metrics(true, masked) == {"eval/picture_drop": pytest.approx((0.5 + 0.5 + 0 + 3) / 4)}
-    assert picture_drop_metrics([], []) == {}

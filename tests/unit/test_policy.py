@@ -160,6 +160,33 @@ def test_a_text_model_loads_and_scores(tmp_path: Path) -> None:
     np.testing.assert_allclose(got.numpy(), want.numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [12, 20, 32])
+def test_output_layers_narrower_and_wider_than_the_vocabulary(rows: int) -> None:
+    """A tokenizer may have special tokens that the output layer lacks, and a padded layer has rows that no token is."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.lm_head = torch.nn.Linear(16, rows, bias=False)
+    forbidden = [0, 3, 15, 19, 40]  # the tokenizer has 20 tokens and names one that not even the embeddings have
+    ids = torch.tensor([[1, 15, 4, 11, 6]])
+    answer = torch.tensor([[False, False, True, True, True]])
+    logprobs, entropy = PolicyModule(model, forbidden, 0.7)(EncodedBatch(ids, torch.ones_like(ids), answer, {}), True)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, 1:4].double() / 0.7
+    assert logits.shape == (3, rows)
+    allowed = [i for i in range(rows) if i not in forbidden]
+    table = torch.log_softmax(logits[:, allowed], -1)
+    want = [float(table[row, allowed.index(token)]) for row, token in enumerate((4, 11, 6))]
+    np.testing.assert_allclose(logprobs.detach().numpy(), want, atol=1e-5)
+    np.testing.assert_allclose(entropy.numpy(), -(table.exp() * table).sum(-1).numpy(), atol=1e-5)
+    logprobs.sum().backward()
+    assert model.lm_head.weight.grad.isfinite().all() and (model.lm_head.weight.grad[allowed] != 0).any(1).all()
+
+
 def test_nothing_to_load_is_an_error(parts: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_policy(str(tmp_path), "float32")

@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,23 +13,26 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from skyrl.data import pool
 from skyrl.data.parquet import ParquetPrompts, write_parquet
-from skyrl.data.pool import PoolRow, pool_metadata, pool_rows, write_pool
+from skyrl.data.pool import PoolRow, pool_rows, write_pool
 from skyrl.digits.scenes import DigitScenes
+from skyrl.digits.settings import PICTURE_KINDS
 from skyrl.filter_prompts import IN_FLIGHT, STEP, print_summary, roll_out
-from skyrl.loop import Pools
 from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.rewards.rewarder import Rewarder
+from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, DataConfig
-from skyrl.settings.ranges import PICTURE_KINDS
-from tests.fakes import FakeReward, FakeRollout, Log
 
 RATES = (0.0, 0.25, None, 1.0, 0.5, 0.75, 1.0)
-DATA = DataConfig(train_size=9)
+DATA = DataConfig()
 
 
-def scenes(size=9):
-    return DigitScenes("train", size, DATA.text_share, DATA.seed)
+def scenes(size=9, seed=0):
+    return DigitScenes("train", size, 0.15, seed)
+
+
+def limits(low, high):
+    return DATA.model_copy(update={"pool_min": low, "pool_max": high})
 
 
 def rows_of(rates=RATES):
@@ -37,7 +42,7 @@ def rows_of(rates=RATES):
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "pool.parquet"
-    write_pool(file, rows_of(), DATA, 9, policy="/m", samples_per_prompt=4, temperature=1.0, seed=3)
+    write_pool(file, rows_of(), DATA, scenes(), policy="/m", samples_per_prompt=4, temperature=1.0, seed=3)
     return file
 
 
@@ -52,7 +57,7 @@ def sample(index, rule, total=0.0, claims=0, false_claims=0):
     if rule is None:
         made.error = "timed out"
     else:
-        made.reward = RewardParts(rule, 0.0, 0.0, total)
+        made.reward = RewardParts(rule, 0.0, None, total)
     return made
 
 
@@ -80,10 +85,13 @@ def test_a_row_by_hand():
 
 def test_the_file_has_the_columns_and_how_it_was_made(path, tmp_path):
     table = pq.read_table(path)
-    assert table.schema.equals(pool.SCHEMA)
+    kinds = {"row": "int64", "samples": "int64", "errors": "int64", "id": "string", "kind": "string"}
+    assert {field.name: str(field.type) for field in table.schema} == kinds | dict.fromkeys(
+        ("pass_rate", "mean_reward", "hallucination_rate"), "double"
+    )
     assert table.to_pylist() == [dataclasses.asdict(row) for row in rows_of()]
     assert table.column("pass_rate").null_count == 1
-    assert pool_metadata(path) == {
+    assert json.loads(table.schema.metadata[b"skyrl"]) == {
         **{"rows": 9, "data": {"source": "digits", "seed": 0, "text_share": 0.15, "kinds": list(PICTURE_KINDS)}},
         **{"policy": "/m", "samples_per_prompt": 4, "temperature": 1.0, "seed": 3},
     }
@@ -93,13 +101,12 @@ def test_the_file_has_the_columns_and_how_it_was_made(path, tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, tmp_path, monkeypatch):
     before = path.read_bytes()
 
-    def cut_off(table, file):
-        file.write(b"PAR1 half")
+    def cut_off(writer, table):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool.pq, "write_table", cut_off)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        write_pool(path, rows_of((0.5,)), DATA, 9)
+        write_pool(path, rows_of((0.5,)), DATA, scenes())
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -109,7 +116,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, tmp_path, mon
 )
 def test_the_limits_are_strict_and_what_was_not_scored_is_left_out(path, low, high, rows):
     rewrite(path, lambda table: table.take(list(reversed(range(7)))))  # the order of the file does not matter
-    chosen = pool_rows(path, dataclasses.replace(DATA, pool_min=low, pool_max=high), scenes())
+    chosen = pool_rows(path, limits(low, high), scenes())
     assert chosen.tolist() == rows and chosen.dtype == np.int64
 
 
@@ -119,7 +126,7 @@ def test_an_empty_choice_names_the_limits_and_the_distribution(path):
         "between, 1 were not scored; quartiles of the pass rate 0.31, 0.62, 0.94"
     )
     with pytest.raises(DataError) as caught:
-        pool_rows(path, dataclasses.replace(DATA, pool_min=0.8, pool_max=0.9), scenes())
+        pool_rows(path, limits(0.8, 0.9), scenes())
     assert message in str(caught.value)
 
 
@@ -135,14 +142,19 @@ def with_column(name, values):
     ("change", "message"),
     [
         (lambda table: table.drop_columns(["pass_rate"]), "column 'pass_rate' is missing; got row, id"),
-        (with_column("pass_rate", ["1"] * 7), "column 'pass_rate': got type string; allowed: double"),
+        (with_column("pass_rate", ["1"] * 7), "column 'pass_rate': got type string; allowed: float or integer"),
         (
             with_column("row", [0, 1, 2, 3, 4, 5, 5]),
             "column 'row' has repeats or is out of range; allowed: each of 0 … 8",
         ),
         (with_column("row", [0, 1, 2, 3, 4, 5, 9]), "column 'row' has repeats or is out of range"),
-        (with_column("row", [0, 1, 2, 3, 4, 5, None]), "column 'row' has 1 nulls"),
-        (with_column("id", ["train/0"] * 7), "row 1 is 'train/0', in the training data it is 'train/1'"),
+        (with_column("row", [0, 1, 2, 3, 4, 5, None]), "row 6, column 'row': got null; allowed: a number"),
+        (with_column("row", [0.0, 1, 2, 3, 4, 5, 6.5]), "column 'row': got type double; allowed: integer"),
+        (with_column("id", ["train/0"] * 7), "got 'train/0', which is also that of row 0; allowed: unique ids"),
+        (
+            with_column("id", [f"train/{row}" for row in (1, 0, 2, 3, 4, 5, 6)]),
+            "row 0 is 'train/1', in the training data it is 'train/0'",
+        ),
         (without_metadata, "not a prompt pool; python -m skyrl.filter_prompts writes one"),
     ],
 )
@@ -154,12 +166,14 @@ def test_a_broken_file_is_refused(path, change, message):
 
 
 def test_another_data_set_is_refused(path, tmp_path):
-    with pytest.raises(DataError, match="made from a data set of 9 rows, this one has 10"):
+    with pytest.raises(DataError, match=r"made from other data \(9 rows of .*; this run: 10 rows of "):
         pool_rows(path, DATA, scenes(10))
     with pytest.raises(DataError, match=r"made from other data \(.*'seed': 0.*this run: .*'seed': 1"):
-        pool_rows(path, dataclasses.replace(DATA, seed=1), scenes())
+        pool_rows(path, DATA, scenes(seed=1))
     with pytest.raises(DataError, match=r"made from other data .*'parquet'"):
-        pool_rows(path, dataclasses.replace(DATA, source="parquet"), scenes())
+        pool_rows(path, DataConfig(source="parquet"), scenes())
+    with pytest.raises(DataError, match=r"'kinds': .*this run: 9 rows of {'source': 'digits'}"):
+        pool_rows(path, DATA, [scenes()[row] for row in range(9)])  # the same ids, but nothing says what made them
     (tmp_path / "text").write_text("no parquet")
     for name in ("text", "nothing"):
         with pytest.raises(DataError, match=f"{name}: not a readable Parquet file"):
@@ -174,7 +188,8 @@ def test_every_id_of_a_parquet_data_set_is_compared(tmp_path):
 
     ids = [f"q{i}" for i in range(600)]
     data, file = DataConfig(source="parquet"), tmp_path / "pool.parquet"
-    write_pool(file, [PoolRow(i, name, "k", 2, 0, 0.5, 0.0, None) for i, name in enumerate(ids)], data, 600)
+    pooled = [PoolRow(i, name, "k", 2, 0, 0.5, 0.0, None) for i, name in enumerate(ids)]
+    write_pool(file, pooled, data, prompts(ids))
     assert len(pool_rows(file, data, prompts(ids))) == 600
     ids[433] = "other"
     with pytest.raises(DataError, match="row 433 is 'q433', in the training data it is 'other'"):
@@ -184,23 +199,42 @@ def test_every_id_of_a_parquet_data_set_is_compared(tmp_path):
 # ---------------------------------------------------------------- the pass, without Ray
 
 
+class FakeCrew:
+    """Stands for both crews; promises are the values."""
+
+    def __init__(self):
+        self.asked, self.fetched = [], []
+
+    def __len__(self):
+        return 1
+
+    def deal(self, function, parts):
+        if function is Rewarder.score:
+            return parts
+        assert function is Sampler.generate
+        self.asked += parts
+        return [[self.group(row, request) for row in request.rows] for request in parts]
+
+    def group(self, row, request):
+        made = group([sample(i, 1.0) for i in range(request.samples_per_prompt)])
+        made.prompt = dataclasses.replace(made.prompt, id=f"train/{row}")
+        return made
+
+    def fetch(self, promises):
+        self.fetched.append(len(self.asked))
+        return promises
+
+
 def test_the_pass_asks_in_chunks_two_at_a_time_and_keeps_the_order():
-    log, cfg = Log(), Config()
+    crew, cfg = FakeCrew(), Config()
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.controller.seed = 4, 3, 8
-    fetched = []
-
-    def fetch(handles):
-        fetched.append(log.names().count("generate"))
-        return handles
-
-    found = roll_out(cfg, Pools(FakeRollout(log), FakeReward(log)), 10, fetch, Console(file=io.StringIO()))
-    requests = [call[1] for call in log.calls if call[0] == "generate"]
-    assert [request.rows for request in requests] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
-    asked = {(one.split, one.step, one.samples_per_prompt, one.greedy, one.seed, one.blind) for one in requests}
+    found = roll_out(cfg, SimpleNamespace(rollouts=crew, rewards=crew), 10, Console(file=io.StringIO()))
+    assert [request.rows for request in crew.asked] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    asked = {(one.split, one.step, one.samples_per_prompt, one.greedy, one.seed, one.blind) for one in crew.asked}
     assert asked == {("train", STEP, 3, False, 8, False)}
     assert [row.row for row in found] == list(range(10)) and {row.samples for row in found} == {3}
     assert [row.id for row in found] == [f"train/{row}" for row in range(10)]
-    assert fetched == [IN_FLIGHT, 3, 3]  # chunk 2 was asked for before chunk 1 was waited for
+    assert crew.fetched == [IN_FLIGHT, 3, 3]  # chunk 2 was asked for before chunk 1 was waited for
 
 
 def test_the_summary_counts_and_says_how_to_go_on(tmp_path):
@@ -231,8 +265,12 @@ def run(*arguments):
     ("argument", "message"),
     [
         ("filter.rwos=3", "filter.rwos: there is no such setting; did you mean filter.rows?"),
-        ("filter.rows=0", "filter.rows=0: must be null, or 1 or more"),
-        ("--cfg", "--cfg: there is no such option; allowed are key=value and --help"),
+        ("filter.rows=0", "filter.rows=0: must be null, or a whole number, 1 or more"),
+        (
+            "--fast",
+            "unrecognized arguments: --fast; allowed are key=value, group=option, --cfg job, --config-dir DIR and "
+            "--help",
+        ),
         ("filter.output=/", "filter.output=/: must be a file in a folder that can be written to"),
     ],
 )

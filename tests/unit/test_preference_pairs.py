@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import pickle
 from pathlib import Path
@@ -12,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from skyrl.batch.batcher import BufferService
 from skyrl.batch.offline import OfflinePairs
 from skyrl.data.preference_pairs import ParquetPairs, TextPair, main, write_pairs
-from skyrl.records import DataError, PreferencePair, Prompt, SkyrlError
-from skyrl.settings import AlgorithmConfig, BufferConfig, DataConfig, RolloutConfig
+from skyrl.digits.architecture import CHAT_TEMPLATE
+from skyrl.records import DataError, PreferencePair, Prompt
+from skyrl.settings import DataConfig, RolloutConfig
 from tests.tiny_models import answer_ids, encoder, noise, picture, processor
 
 GOOD, BAD = "<think>I see 31/41.</think><answer>9</answer>", "<think>I see 11/41.</think><answer>7</answer>"
@@ -56,7 +58,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert (got.prompt.question, got.prompt.kind) == (want.prompt.question, want.prompt.kind)
         assert len(got.prompt.images) == len(want.prompt.images)
         assert all(map(np.array_equal, got.prompt.images, want.prompt.images))
-        assert got.margin == want.margin or (math.isnan(got.margin) and row == 70)
+        assert got.margin == want.margin and got.prompt.variant == "pair"
+    assert read[70].margin is None
     with pytest.raises(DataError, match="row 71 does not exist; it has 71 rows"):
         read[71]
 
@@ -64,7 +67,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_defaults_and_margins_of_any_number_type(tmp_path: Path) -> None:
     read = ParquetPairs(write(tmp_path / "mine.parquet", [ROW, ROW | {"margin": 3}]))
     assert (read[1].prompt.id, read[1].prompt.kind, read[1].prompt.images) == ("mine/1", "default", ())
-    assert math.isnan(read[0].margin) and read[1].margin == 3.0 and isinstance(read[1].margin, float)
+    assert read[0].margin is None and read[1].margin == 3.0 and isinstance(read[1].margin, float)
+    read = ParquetPairs(write(tmp_path / "nan.parquet", [ROW | {"margin": math.nan}, ROW | {"margin": -1.5}]))
+    assert [read[row].margin for row in (0, 1)] == [None, -1.5]
 
 
 @pytest.mark.parametrize(
@@ -121,24 +126,78 @@ def test_texts_that_the_learner_could_not_take_are_named(tmp_path: Path) -> None
     for token in ("<image>", "<pad>", "<end_of_utterance>"):
         with pytest.raises(DataError, match=f"row 1, column 'chosen': got the special token '{token}'"):
             check({"chosen": f"a{token}b"})
-    with pytest.raises(DataError, match="the question contains the picture placeholder '<image>'"):
-        check({"question": "<image>?"})
+    for token in ("<image>", "<pad>"):
+        with pytest.raises(DataError, match=f"prompt 'p/1': the question contains the .* '{token}'"):
+            check({"question": f"{token}?"})
+
+
+def stopping(path: Path, template: str, stops: list[str]) -> str:
+    """A copy of the policy's folder with another chat template, whose configuration names these stop tokens."""
+    made = copy.deepcopy(processor())
+    made.chat_template = template
+    made.save_pretrained(path)
+    ids = made.tokenizer.convert_tokens_to_ids(stops)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    return str(path)
+
+
+def test_answers_end_as_the_chat_template_ends_them(tmp_path: Path) -> None:
+    template = CHAT_TEMPLATE.replace("<end_of_utterance>", "<global-img>\n")
+    folder = stopping(tmp_path / "policy", template, ["<end_of_utterance>", "<fake_token_around_image>"])
+    write_pairs(tmp_path / "p.parquet", pairs(2))
+    data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=2)
+    offline = OfflinePairs(data, folder, None)
+    end, eos, fake = processor().tokenizer.convert_tokens_to_ids(
+        ["<global-img>", "<end_of_utterance>", "<fake_token_around_image>"]
+    )
+    for item in offline.batch(1, 0, {}).items:
+        assert item.sample.token_ids.tolist() == [*answer_ids(item.sample.text, end=False), end]
+    assert set(offline.encoder.stop_token_ids) == {end, eos, fake}
+    for token in ("<global-img>", "<end_of_utterance>", "<fake_token_around_image>"):  # an end within is none
+        for text in (f"a{token}b", f"a{token}"):
+            path = write(tmp_path / "q.parquet", [ROW, ROW | {"rejected": text}])
+            with pytest.raises(DataError, match=f"row 1, column 'rejected': got the special token '{token}'"):
+                ParquetPairs(path).check_tokens(offline.encoder)
+
+
+def test_answers_with_tags_that_the_template_writes_or_that_end_them(tmp_path: Path) -> None:
+    template = CHAT_TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
+    folder = stopping(tmp_path / "policy", template, ["<end_of_utterance>", "</answer>"])
+    write_pairs(tmp_path / "p.parquet", [TextPair(Prompt("a", QUESTION, (), "", "exact"), GOOD, "no tags")])
+    offline = OfflinePairs(DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=1), folder, None)
+    chosen, rejected = (item.sample.token_ids.tolist() for item in offline.batch(1, 0, {}).items)
+    assert chosen == answer_ids(GOOD.removeprefix("<think>"), end=False).tolist()
+    assert rejected == answer_ids("no tags").tolist()
+    path = write(tmp_path / "q.parquet", [ROW | {"chosen": f"{GOOD} and more"}])
+    with pytest.raises(DataError, match="row 0, column 'chosen': got the special token '</answer>'"):
+        ParquetPairs(path).check_tokens(offline.encoder)
+
+
+def test_variables_of_the_chat_template(tmp_path: Path) -> None:
+    template = CHAT_TEMPLATE.replace("<assistant>{% endif %}", "<assistant>{{ mood }}{% endif %}")
+    folder = stopping(tmp_path / "policy", template, ["<end_of_utterance>"])
+    write_pairs(tmp_path / "p.parquet", pairs(1))
+    data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=1)
+    ids = OfflinePairs(data, folder, None, {"mood": "7"}).batch(1, 0, {}).items[0].prompt_ids
+    assert ids.tolist() == [*encoder().encode(pairs(1)[0].prompt)[0], processor().tokenizer.convert_tokens_to_ids("7")]
 
 
 def test_a_batch_of_pairs(tmp_path: Path, policy_folder: str) -> None:
     write_pairs(tmp_path / "p.parquet", pairs(5))
     data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=3)
-    batch = OfflinePairs(data, policy_folder, RolloutConfig()).batch(7)
-    assert (batch.step, batch.grpo_samples, batch.grpo_tokens, len(batch.items)) == (7, 0, 0, 6)
+    batch = OfflinePairs(data, policy_folder, RolloutConfig()).batch(7, 4, {"grpo": 0.0, "mpo": 0.5})
+    assert (batch.step, batch.version, batch.weights) == (7, 4, {"grpo": 0.0, "mpo": 0.5})
+    assert (batch.grpo_samples, batch.grpo_tokens, len(batch.items)) == (0, 0, 6)
     rows = [int(pair.margin) for pair in batch.pairs]
     assert len(set(rows)) == 3
     assert batch.pairs == [PreferencePair(2 * k, 2 * k + 1, float(row)) for k, row in enumerate(rows)]
     for k, row in enumerate(rows):
         for item, text in ((batch.items[2 * k], f"{GOOD}{row}"), (batch.items[2 * k + 1], BAD)):
-            assert (item.grpo_weight, item.replayed, item.sample.text) == (0.0, False, text)
+            assert (item.grpo_weight, batch.off_policy(item), item.sample.text) == (0.0, False, text)
             assert np.array_equal(item.sample.token_ids, answer_ids(text))
-            assert item.sample.logprobs.shape == item.sample.token_ids.shape and np.isnan(item.sample.logprobs).all()
-            assert item.prompt.id == f"mine/{row}#pair" and len(item.prompt.images) == row % 2
+            assert item.sample.logprobs is None and item.sample.mask.shape == item.sample.token_ids.shape
+            assert item.sample.mask.all() and not item.sample.truncated
+            assert item.prompt.key == (f"mine/{row}", "pair") and len(item.prompt.images) == row % 2
             # What the learner's collation compares with its own.
             assert np.array_equal(item.prompt_ids, encoder().encode(item.prompt)[0])
             assert (item.prompt_ids == encoder().image_token_id).sum() == 4 * (row % 2)
@@ -149,39 +208,28 @@ def test_a_prompt_that_its_pictures_make_too_long_is_named(tmp_path: Path, polic
     data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=1)
     limit = len(encoder().text_ids(pairs(2)[0].prompt)) + 1
     offline = OfflinePairs(data, policy_folder, RolloutConfig(max_prompt_tokens=limit))
-    with pytest.raises(DataError, match=rf"pair 'mine/1#pair' has a prompt of \d+ tokens .* allows {limit}"):
-        offline.batch(1)
+    with pytest.raises(DataError, match=rf"pair 'mine/1' has a prompt of \d+ tokens .* allows {limit}"):
+        offline.batch(1, 0, {})
     with pytest.raises(DataError, match=r"column 'chosen': got .* tokens; allowed: up to 5"):
         OfflinePairs(data, policy_folder, RolloutConfig(max_new_tokens=5))
 
 
-def test_the_service_goes_on_where_its_state_was_saved(tmp_path: Path, policy_folder: str) -> None:
+def test_the_pairs_go_on_where_their_state_was_saved(tmp_path: Path, policy_folder: str) -> None:
     write_pairs(tmp_path / "p.parquet", pairs(5))
     data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=2)
 
-    def service() -> BufferService:
-        return BufferService(BufferConfig(), AlgorithmConfig(), 0, data, policy_folder, RolloutConfig())
+    def margins(of: OfflinePairs, steps: range) -> list[float | None]:
+        return [pair.margin for step in steps for pair in of.batch(step, step - 1, {}).pairs]
 
-    def margins(of: BufferService, steps: range) -> list[float]:
-        return [pair.margin for step in steps for pair in of.offline(step)[0].pairs]
-
-    one, two, three = service(), service(), service()
+    one, two, three = (OfflinePairs(data, policy_folder, RolloutConfig()) for _ in range(3))
     everything = margins(one, range(1, 6))
     assert set(everything[:5]) == {0, 1, 2, 3, 4} and len(everything) == 10
     assert margins(two, range(1, 4)) == everything[:6]
     three.load_state_dict(pickle.loads(pickle.dumps(two.state_dict())))
     assert margins(three, range(4, 6)) == everything[6:]
-    assert three.offline(6)[1] == {"batch/items": 4.0, "rollout_samples": 0.0, "rollout_tokens": 0.0}
-
-    without = BufferService(BufferConfig(), AlgorithmConfig(), 0, DataConfig(), policy_folder)
-    with pytest.raises(SkyrlError, match=r"data\.pairs_path: a Parquet file of pairs; got null"):
-        without.offline(1)
-    with pytest.raises(DataError, match=r"a run with data\.pairs_path, this run is one without it"):
-        without.load_state_dict(two.state_dict())
-    with pytest.raises(DataError, match=r"a run without data\.pairs_path, this run is one with it"):
-        two.load_state_dict(without.state_dict())
-    with pytest.raises(SkyrlError, match=r"data.pairs_path=.* needs the policy's folder"):
-        BufferService(BufferConfig(), AlgorithmConfig(), 0, data)
+    other = OfflinePairs(data.model_copy(update={"seed": 3}), policy_folder, None)
+    with pytest.raises(DataError, match="seed"):
+        other.load_state_dict(two.state_dict())
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

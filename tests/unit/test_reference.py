@@ -8,29 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_backend import PlainBackend
 
-from skyrl.learner.reference import FILE, Reference, compared_items, needs_reference, refresh_due
+from skyrl.learner.reference import FILE, Reference
+from skyrl.objective.hybrid import active_terms, run_terms
 from skyrl.records import PreferencePair, Prompt, Sample, SkyrlError, TrainBatch, TrainItem
-from skyrl.settings import AlgorithmConfig, GrpoConfig, MpoConfig, Stage
-
-
-@pytest.mark.parametrize(
-    ("every", "limit", "age", "kl", "due"),
-    [
-        (0, None, 100, 9.0, False),
-        (3, None, 2, 9.0, False),
-        (3, None, 3, None, True),
-        (3, None, 4, None, True),  # the step that would have done it trained nothing
-        (0, 0.1, 1, 0.11, True),
-        (0, 0.1, 1, 0.1, False),
-        (0, 0.1, 100, None, False),
-        (3, 0.1, 1, 0.2, True),
-        (3, 0.1, 3, 0.0, True),
-    ],
-)
-def test_refresh_due(every: int, limit: float | None, age: int, kl: float | None, due: bool) -> None:
-    assert refresh_due(MpoConfig(reference_every=every, reference_kl=limit), age, kl) is due
-
+from skyrl.settings import AlgorithmConfig, Config, GrpoConfig, MpoConfig, Stage
 
 SFT = {"preference_weight": 0.0, "quality_weight": 0.0}
 
@@ -52,7 +35,7 @@ SFT = {"preference_weight": 0.0, "quality_weight": 0.0}
 )
 def test_needs_reference(stage: Stage, kl_weight: float, mpo: dict[str, Any], needed: bool) -> None:
     cfg = AlgorithmConfig(stage=stage, grpo=GrpoConfig(kl_weight=kl_weight), mpo=MpoConfig(**mpo))
-    assert needs_reference(cfg) is needed
+    assert any(term.uses_reference for term in run_terms(cfg)) is needed
 
 
 @pytest.mark.parametrize(
@@ -71,7 +54,8 @@ def test_items_compared_with_the_reference(step: int, kl_weight: float, mpo: dic
     )
     sample = Sample(0, np.zeros(1, np.int32), np.zeros(1, np.float32), "", False, 0)
     item = TrainItem(Prompt("p", "q", (), "1", "exact"), np.zeros(1, np.int32), sample, 1.0)
-    assert compared_items(TrainBatch(step, [item] * 3, [PreferencePair(0, 2, 1.0)], 3, 3), cfg) == items
+    batch = TrainBatch(step, 0, cfg.weights(step), [item] * 3, [PreferencePair(0, 2, 1.0)], 3, 3)
+    assert set().union(*(term.compared(batch) for term, _ in active_terms(run_terms(cfg), batch))) == items
 
 
 class Policy(torch.nn.Module):
@@ -90,8 +74,18 @@ TRAINED = ("1.weight", "1.bias")
 
 
 def reference(seed: int = 0) -> Reference:
-    policy: Any = Policy(seed)
-    return Reference(policy, {}, 0, TRAINED)
+    """The twin of a policy whose first half is frozen."""
+
+    def load() -> Any:
+        policy = Policy(seed)
+        policy.model[0].requires_grad_(False)
+        return policy
+
+    return Reference(PlainBackend(Config(), load, 0, "", 0, reference=True))
+
+
+def score(ours: Reference, rows: torch.Tensor) -> torch.Tensor:
+    return ours.backend.score(rows, reference=True)
 
 
 def state(policy: Any) -> dict[str, torch.Tensor]:
@@ -101,15 +95,15 @@ def state(policy: Any) -> dict[str, torch.Tensor]:
 def test_replacing_takes_the_trained_parameters_and_keeps_its_own() -> None:
     ours, rows = reference(), torch.randn(4, 3)
     policy = Policy(1)
-    policy.model[0].load_state_dict(ours.module.model[0].state_dict())  # the frozen half is the same
-    before = ours(rows)
+    policy.model[0].load_state_dict(ours.backend.twin.model[0].state_dict())  # the frozen half is the same
+    before = score(ours, rows)
     assert not torch.allclose(before, policy(rows)[0])
     ours.replace(((name, p) for name, p in policy.model.named_parameters() if name in TRAINED), 4)
-    assert torch.equal(ours(rows), policy(rows)[0]) and ours.step == 4
-    assert not ours(rows).requires_grad
+    assert torch.equal(score(ours, rows), policy(rows)[0]) and ours.step == 4
+    assert not score(ours, rows).requires_grad
     with torch.no_grad():
         policy.model[1].weight.add_(1.0)
-    assert not torch.equal(ours(rows), policy(rows)[0])  # a copy, not the policy itself
+    assert not torch.equal(score(ours, rows), policy(rows)[0])  # a copy, not the policy itself
 
 
 def test_replacing_refuses_other_parameters() -> None:
@@ -137,7 +131,7 @@ def test_a_refreshed_reference_comes_back_from_its_file(tmp_path: Path) -> None:
     again = reference()
     again.load(tmp_path, 4, nothing)
     assert again.step == 4
-    mine, theirs = state(again.module.model), state(ours.module.model)
+    mine, theirs = state(again.backend.twin.model), state(ours.backend.twin.model)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     with pytest.raises(SkyrlError, match="was written after step 4; expected: 6"):
         reference().load(tmp_path, 6, nothing)
@@ -149,8 +143,8 @@ def test_a_refreshed_reference_comes_back_from_its_file(tmp_path: Path) -> None:
 def test_loading_an_older_checkpoint_brings_the_starting_policy_back(tmp_path: Path) -> None:
     ours = reference()
     ours.load(tmp_path, 0, nothing)
-    start = state(ours.module.model)
+    start = state(ours.backend.twin.model)
     ours.replace(((name, p) for name, p in state(Policy(1).model).items() if name in TRAINED), 4)
     ours.load(tmp_path, 0, lambda: start.items())
     assert ours.step == 0
-    assert all(torch.equal(p, start[name]) for name, p in state(ours.module.model).items())
+    assert all(torch.equal(p, start[name]) for name, p in state(ours.backend.twin.model).items())

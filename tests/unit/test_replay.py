@@ -1,6 +1,8 @@
 """How much is replayed, and what the weights make of the replayed gradient."""
 
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,11 +115,11 @@ def test_one_corrected_draw_has_the_mean_over_the_buffer_as_its_expectation(opti
 def test_in_groups_a_corrected_draw_is_the_total_over_the_buffer_per_group():
     values = np.array([1.0, -2.0, 4.0, 0.5, 3.0])
     drawn = buffer_of(ADVANTAGES, groups=[2, 3], unit=Unit.group, uniform_share=0.1).draw(5, 0)
-    chances = {one.stored.prompt.id: one.probability for one in drawn}
+    chances = {one.prompt.id: one.probability for one in drawn}
     assert sum(chances.values()) == pytest.approx(1)
     own = values[[one.sample.index for one in drawn]]
     expectation = sum(
-        chances[one.stored.prompt.id] * weight * value
+        chances[one.prompt.id] * weight * value
         for one, weight, value in zip(drawn, importance_weights(drawn, 2), own, strict=True)
     )
     assert expectation == pytest.approx(values.sum() / 2)
@@ -144,3 +146,52 @@ def test_normalised_weights_are_nearly_unbiased_for_few_draws_of_many_and_not_fo
     own = np.array([one.sample.advantage for one in drawn])
     assert np.mean(own) == pytest.approx(truth)
     assert np.mean(replay_weights(drawn, 1000, CORRECTED) * own) < truth - 0.1
+
+
+def right_share(n, size, share, corrected):
+    """Exact expectation of the weight that right answers get, in multiples of their share of the buffer, if groups of
+    one right answer (|A| = √7) and seven wrong ones (1/√7) fill it. How many right ones are among those drawn
+    is all that the next draw depends on."""
+    groups, right, wrong = size // 8, 0.5 - 0.375 * share, (0.5 + 0.375 * share) / 7  # P · groups
+    chances = {0: 1.0}  # right ones drawn: chance
+    for drawn in range(n):
+        later = dict.fromkeys(range(drawn + 2), 0.0)
+        for count, chance in chances.items():
+            if chance:
+                first, second = right * (groups - count), wrong * (7 * groups - (drawn - count))
+                later[count + 1] += chance * first / (first + second)
+                later[count] += chance * second / (first + second)
+        chances = later
+    heavy, light = (1 / wrong, 1 / right) if corrected else (1.0, 1.0)
+    return 8 * sum(
+        chance * light * count / (light * count + heavy * (n - count)) for count, chance in chances.items() if chance
+    )
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs/selective_sample_buffer.md"
+CORRECTIONS = [(0.0, False), (0.0, True), (0.2, True)]
+"""Uniform share, correction: a column each in the document's table of what the correction leaves of the bias."""
+
+
+def test_the_bias_in_the_document_is_exact():
+    rows = re.findall(r"^\| (\d+) of ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", DOCUMENT.read_text(), re.M)
+    assert len(rows) >= 10
+    for n, size, *stated in rows:
+        exact = [right_share(int(n), int(size.replace(",", "")), *how) for how in CORRECTIONS]
+        assert [f"{value:.2f}" for value in exact] == stated, (n, size)
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 200), (5, 200), (20, 200), (128, 512)])
+@pytest.mark.parametrize(("share", "corrected"), CORRECTIONS)
+def test_the_bias_of_real_draws_is_the_exact_one(n, size, share, corrected):
+    """A single draw weighs 1, so it is not corrected at all; few are corrected in part, many too much."""
+    group, runs = [7**0.5] + [-(7**-0.5)] * 7, 1000
+    options = {"uniform_share": share, "importance_correction": corrected}
+    buffer = buffer_of(group * (size // 8), groups=[8] * (size // 8), **options)
+    found = []
+    for _ in range(runs):
+        drawn = buffer.draw(n, 0)
+        weights = replay_weights(drawn, size, buffer.cfg)
+        found.append(8 * np.mean(weights * [one.sample.advantage > 0 for one in drawn]))
+    # 3.3 standard errors: the 0.1 % point.
+    assert abs(np.mean(found) - right_share(n, size, share, corrected)) < 3.3 * np.std(found) / runs**0.5

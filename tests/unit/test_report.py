@@ -6,8 +6,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +21,9 @@ from skyrl.monitoring.records import read_metrics, write_json
 from skyrl.monitoring.report import smoothing_window, write_report
 from skyrl.monitoring.sinks import JsonlSink
 from skyrl.monitoring.summary import write_summary
-from skyrl.monitoring.svg import Series, line_chart, nice_ticks, running_mean
+from skyrl.monitoring.svg import BOTTOM, HEIGHT, TOP, Series, line_chart, nice_ticks, running_mean
 from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
+from skyrl.rewards.claims import CHECKERS, Claim
 from skyrl.settings import Config
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -61,20 +61,18 @@ class Page(HTMLParser):
             self.marks[-1] = (kind, text + data)
 
 
-@dataclass
-class FakeClaim:
-    start: int
-    end: int
-    text: str
-    true: bool
-
-
-def fake_check(text: str, facts: Mapping[str, Any]) -> list[FakeClaim]:
+def check_digits(text: str, digits: str) -> list[Claim]:
     """Each digit after ``I see`` must be among the facts."""
     seen = re.search(r"I see (\d+)", text)
     if seen is None:
         return []
-    return [FakeClaim(i, i + 1, text[i], text[i] in facts["digits"]) for i in range(seen.start(1), seen.end(1))]
+    return [Claim(i, i + 1, text[i], text[i] in digits) for i in range(seen.start(1), seen.end(1))]
+
+
+@pytest.fixture(autouse=True)
+def checker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(CHECKERS, "digits", check_digits)
+    yield
 
 
 def group(row: int, text: str, rule: float = 1.0, picture: bool = True, error: str | None = None) -> SampleGroup:
@@ -87,15 +85,16 @@ def group(row: int, text: str, rule: float = 1.0, picture: bool = True, error: s
 
 
 def make_run(folder: Path, entries: list[dict[str, Any]], steps: int = 20) -> None:
+    hostile = Config().model_copy(update={"name": HOSTILE})  # even if no setting lets it through
     sink = JsonlSink(folder / "metrics.jsonl")
     for step in range(steps + 1):
         metrics = {"reward/rule": step / 40, "time/rollout": 1.0, "time/learner": 2.0, "loss/total": -0.1 * step}
-        metrics |= {"buffer/effective_share": 0.5, "buffer/effective_share_fresh": float("nan"), "time/step": 3.0}
+        metrics |= {"buffer/effective_share": 0.5, "grpo/ratio_max": float("inf"), "time/step": 3.0}
         if step in (0, steps):
             metrics |= {"eval/accuracy": 0.4 + step / 100, "eval/hallucination": 0.2, "eval/accuracy/<b>": 0.5}
         sink.log(step, metrics)
     sink.close()
-    write_summary(folder / "summary.json", read_metrics(folder / "metrics.jsonl"), config=Config(name=HOSTILE))
+    write_summary(folder / "summary.json", read_metrics(folder / "metrics.jsonl"), config=hostile)
     write_json(folder / "gallery.json", entries)
 
 
@@ -103,7 +102,7 @@ def test_report_is_one_safe_file(tmp_path: Path) -> None:
     text = f"<think>I see 371.{HOSTILE}</think><answer>9</answer>"
     before = [group(0, text, rule=0.0), group(1, "hm & <b>", picture=False, error=HOSTILE)]
     after = [group(0, "<think>I see 31.</think><answer>9</answer>"), group(1, HOSTILE, picture=False)]
-    entries = gallery_entries(before, after, check=fake_check)
+    entries = add_after(gallery_entries(before, 12), after)
     entries[0] |= {"question": HOSTILE, "truth": HOSTILE, "kind": HOSTILE, "id": '"><script>'}
     entries[1] |= {"picture": '"><script>'}
     make_run(tmp_path, entries)
@@ -155,7 +154,7 @@ def test_gallery_follows_its_rule() -> None:
     texts = ["I see 3", "I see 9", "I see 1", "I see 1", "I see 8", "none", "I see 7", "I see 6"]
     before = [group(row, text, rule=0.0) for row, text in enumerate(texts)]
     after = [group(row, "I see 3") for row in reversed(range(len(texts)))]
-    entries = gallery_entries(before, after, limit=4, check=fake_check)
+    entries = add_after(gallery_entries(before, 4), after)
     assert [(e["id"], e["chosen"]) for e in entries] == [
         ("eval/0", FIRST),
         ("eval/1", FIRST),
@@ -163,27 +162,32 @@ def test_gallery_follows_its_rule() -> None:
         ("eval/6", FALSE_CLAIM),
     ]
     assert entries[1]["before"]["claims"] == [{"start": 6, "end": 7, "text": "9", "true": False}]
-    assert not entries[1]["before"]["correct"] and entries[1]["after"]["correct"]
+    assert not entries[1]["before"]["right"] and entries[1]["after"]["right"]
     json.dumps(entries, allow_nan=False)
 
 
 def test_gallery_in_two_halves_and_its_errors() -> None:
     before, after = [group(0, "I see 3"), group(1, "", error="timeout")], [group(0, "I see 1"), group(1, "x")]
-    stored = json.loads(json.dumps(gallery_entries(before, check=fake_check)))
+    chosen = gallery_entries(before, 12)
+    stored = json.loads(json.dumps(chosen))
     assert [e["after"] for e in stored] == [None, None]
-    assert stored[1]["before"]["error"] == "timeout" and not stored[1]["before"]["correct"]
-    assert add_after(stored, after, check=fake_check) == gallery_entries(before, after, check=fake_check)
+    assert stored[1]["before"]["error"] == "timeout" and not stored[1]["before"]["right"]
+    assert add_after(stored, after) == add_after(chosen, after)
+    assert [(e["before"]["text"], e["after"]["text"]) for e in add_after(stored, after)] == [
+        ("I see 3", "I see 1"),
+        ("", "x"),
+    ]
     with pytest.raises(DataError, match="eval/1"):
-        add_after(stored, after[:1], check=fake_check)
+        add_after(stored, after[:1])
     before[0].samples.clear()
     with pytest.raises(DataError, match="0 samples"):
-        gallery_entries(before, check=fake_check)
+        gallery_entries(before, 12)
 
 
-def test_gallery_uses_the_monitor_of_skyrl() -> None:
+def test_gallery_judges_the_claims_about_digit_scenes() -> None:
     sample = group(0, "<think>I see 31/47.</think>")
     sample.prompt = Prompt("eval/0", "?", (), "9", "numeric", "sum", {"grid": [[3, 1], [4, 1]]})
-    claims = gallery_entries([sample])[0]["before"]["claims"]
+    claims = gallery_entries([sample], 12)[0]["before"]["claims"]
     assert [(c["text"], c["true"]) for c in claims] == [("3", True), ("1", True), ("4", True), ("7", False)]
 
 
@@ -212,11 +216,13 @@ def test_chart() -> None:
     Page(line_chart("one point", [Series("x", [(3.0, 0.0)], smooth=False)], unit="s"))
 
 
-def test_end_labels_do_not_cover_each_other() -> None:
-    lines = [Series(str(i), [(0.0, 0.0), (1.0, 0.001 * i)]) for i in range(6)]
-    html = line_chart("Title", [*lines, Series("high", [(0.0, 0.0), (1.0, 1.0)])], unit="-", from_zero=False)
-    places = sorted(float(y) for y in re.findall(r'class="last" x="\d+" y="([\d.]+)"', html))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_end_labels_do_not_cover_each_other(sign: int) -> None:
+    lines = [Series(str(i), [(0.0, 0.0), (1.0, sign * 0.001 * i)]) for i in range(6)]
+    html = line_chart("Title", [*lines, Series("far", [(0.0, 0.0), (1.0, float(sign))])], unit="-", from_zero=False)
+    places = sorted(float(y) for y in re.findall(r'class="last" x="\d+" y="([-\d.]+)"', html))
     assert len(places) == 7 and min(b - a for a, b in pairwise(places)) > 12.5
+    assert places[0] >= TOP and places[-1] <= HEIGHT - BOTTOM + 4  # a baseline stands 4 below its label's middle
 
 
 def test_ticks_and_running_mean() -> None:

@@ -104,6 +104,15 @@ def test_what_is_saved_and_loaded_scores_the_same(likelihood: bool, tmp_path: Pa
     assert torch.equal(scores(loaded, rows()), scores(model, rows()))
 
 
+def test_the_stop_tokens_of_a_saved_reward_model_are_its_bodys(tmp_path: Path) -> None:
+    model = RewardModel(random_model(), encoder())
+    own, other = encoder().turn_end_id, encoder().tokenizer.convert_tokens_to_ids("<global-img>")
+    model.model.generation_config.eos_token_id = [own, other]
+    model.save(tmp_path)
+    loaded = RewardModel.load(str(tmp_path)).encoder
+    assert loaded.stop_token_ids == tuple(sorted([own, other])) and loaded.turn_end_id == own
+
+
 def test_a_folder_without_a_head_is_no_reward_model(tmp_path: Path) -> None:
     reward_model(False).save(tmp_path)
     (tmp_path / HEAD_FILE).unlink()

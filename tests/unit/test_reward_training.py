@@ -13,7 +13,7 @@ from tiny_models import encoder, random_model
 from skyrl.digits import reward_training
 from skyrl.digits.reward_training import build_pairs, reasoning_errors, train_reward_model
 from skyrl.digits.scenes import DigitScenes
-from skyrl.records import Prompt
+from skyrl.records import Prompt, SkyrlError
 from skyrl.rewards.reward_model import RewardModel
 
 FAITHFUL = "<think>I see 31/41. Largest is 4.</think><answer>4</answer>"
@@ -65,9 +65,8 @@ def pairs_of(monkeypatch: pytest.MonkeyPatch, counts: list[list[int]], seed: int
         return [next(answers) for _ in prompts]
 
     monkeypatch.setattr(reward_training, "sample_answers", sampler)
-    monkeypatch.setattr(reward_training, "PROMPTS", len(counts))
     scenes: Any = Letters()
-    return build_pairs(None, encoder(), scenes, seed), calls
+    return build_pairs(None, encoder(), scenes, len(counts), seed), calls
 
 
 @pytest.mark.parametrize(
@@ -134,6 +133,20 @@ def train(monkeypatch: pytest.MonkeyPatch, steps: int) -> tuple[RewardModel, flo
         lambda _s, _n, loss: losses.append(loss),
     )
     return model, accuracy, losses
+
+
+def test_the_prompts_that_are_answered_grow_with_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def few(_policy: Any, _encoder: Any, _scenes: Any, prompts: int, _seed: int) -> list[tuple[Prompt, str, str]]:
+        asked.append(prompts)
+        return scene_pairs(1)
+
+    monkeypatch.setattr(reward_training, "build_pairs", few)
+    for steps in (4, 40, 400):
+        with pytest.raises(SkyrlError, match="make 1 pairs for the reward model; allowed: 2 or more"):
+            train_reward_model(None, None, encoder(), DigitScenes("reward", 1000, 0, 0), steps, 0, lambda *_: None)
+    assert asked == [48, 480, 1000]  # 40 steps are the default
 
 
 def margin(model: RewardModel, pair: tuple[Prompt, str, str]) -> float:

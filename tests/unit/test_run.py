@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from skyrl.crew.system import ray_session
+from skyrl.crew.ray_executor import ray_session
 from skyrl.records import DataError, SkyrlError
 from skyrl.run import check_size
 from skyrl.settings import Config

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from skyrl.digits.scenes import (
     CARELESS_SHARE,
     DIGIT_PIXELS,
     GRID,
     LOOK_ALIKE,
-    PICTURE_KINDS,
     SCENE_PIXELS,
+    SMALL,
     TEXT_KIND,
     DigitScenes,
     digit_pool,
+    held_out_sum,
     solve,
 )
+from skyrl.digits.settings import PICTURE_KINDS
 from skyrl.records import DataError, Prompt
 from skyrl.rewards.claims import check_claims
 from skyrl.rewards.format import extract_answer, format_reward
@@ -65,6 +70,39 @@ def test_held_out_digits_are_in_no_training_scene() -> None:
         own = held_out if split == "eval" else training
         for row in range(60):
             assert all(tile in own for tile in tiles(DigitScenes(split, 60, 0.0, 0)[row].images[0])), (split, row)
+
+
+SUMS = [numbers for length in (2, 3, 4) for numbers in product(range(SMALL), repeat=length)]
+
+
+def test_a_fifth_of_the_sums_of_each_length_is_held_out_and_every_number_at_every_place_in_it() -> None:
+    held_out = {numbers for numbers in SUMS if held_out_sum(numbers)}
+    assert Counter(map(len, held_out)) == {2: 5, 3: 25, 4: 125}  # of 25, 125 and 625
+    assert {sums for sums in held_out if len(sums) == 2} == {(0, 0), (1, 2), (2, 4), (3, 1), (4, 3)}
+    for length in (2, 3, 4):
+        for place in range(length):
+            counts = Counter(numbers[place] for numbers in held_out if len(numbers) == length)
+            assert counts == dict.fromkeys(range(SMALL), 5 ** (length - 2))
+
+
+def questions(split: str, size: int, text_share: float, seed: int) -> set[str]:
+    scenes = DigitScenes(split, size, text_share, seed)
+    return {prompt.question for prompt in map(scenes.__getitem__, range(size)) if not prompt.images}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 2**32), st.sampled_from(["train", "reward"]))
+def test_no_question_of_the_evaluation_is_one_of_training_for_any_seed(one: int, other: int, split: str) -> None:
+    asked, trained = questions("eval", 150, 1.0, one), questions(split, 600, 1.0, other)
+    assert len(asked) > 40 and len(trained) > 150
+    assert not asked & trained
+
+
+def test_every_question_is_asked_by_the_side_that_it_belongs_to() -> None:
+    written = {f"What is {'+'.join(map(str, numbers))}?": held_out_sum(numbers) for numbers in SUMS}
+    for split in SPLITS:
+        own = {question for question, held_out in written.items() if held_out == (split == "eval")}
+        assert {question.split(" Use")[0] for question in questions(split, 20_000, 1.0, 0)} == own
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -130,7 +168,7 @@ def test_the_careless_teacher_misreads_its_share_of_look_alikes_and_reasons_on_f
     scenes = DigitScenes("train", 2000, 0.2, seed=0)
     misread = looked_at = 0
     for row in range(1000):
-        prompt, careless = scenes.with_careless_reasoning(row)
+        prompt, careless = scenes.with_reasoning(row, careless=True)
         assert prompt.id == scenes[row].id
         if not prompt.images:
             assert careless == scenes.with_reasoning(row)[1]
@@ -149,13 +187,13 @@ def test_the_careless_teacher_misreads_its_share_of_look_alikes_and_reasons_on_f
 
 def test_a_careless_answer_is_a_pure_function_of_the_row() -> None:
     one, other = DigitScenes("train", 50, 0.2, seed=3), DigitScenes("train", 50, 0.2, seed=3)
-    assert [one.with_careless_reasoning(i)[1] for i in range(50)] == [
-        other.with_careless_reasoning(i)[1] for i in reversed(range(50))
+    assert [one.with_reasoning(i, careless=True)[1] for i in range(50)] == [
+        other.with_reasoning(i, careless=True)[1] for i in reversed(range(50))
     ][::-1]
 
 
 def test_kinds_restrict_the_questions() -> None:
     scenes = DigitScenes("train", 60, 0.2, 0, ("max", "count"))
     assert {scenes[row].kind for row in range(60)} == {"max", "count", "text_arithmetic"}
-    with pytest.raises(DataError, match=r"\['product'\]; allowed: one or more of sum, max"):
-        DigitScenes("train", 10, 0.0, 0, ["product"])
+    with pytest.raises(DataError, match="unknown kind of question 'product'; allowed: sum, max"):
+        DigitScenes("train", 10, 0.0, 0, ["product"])[0]

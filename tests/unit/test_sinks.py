@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from skyrl.monitoring.metrics import MetricError
+from skyrl.monitoring.metrics import METRICS, MetricError, MetricInfo
 from skyrl.monitoring.records import jsonable, read_metrics
 from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
 from skyrl.records import ConfigError, DataError
@@ -21,7 +22,6 @@ STEP = {
     "reward/total": 0.712,
     "reward/rule": 0.5,
     "reward/format": 1.0,
-    "reward/model": float("nan"),
     "reward/accuracy": 0.5,
     "buffer/effective_share_fresh": 0.31,
     "buffer/effective_share": 0.5,
@@ -59,6 +59,9 @@ def test_fan_out_checks_names_and_closes_all() -> None:
     with pytest.raises(MetricError):
         sinks.log(2, {"loss/nonsense": 1.0})
     assert len(first.calls) == 1
+    own = Sinks([second], METRICS | {"loss/nonsense": MetricInfo("-", "A term of one's own.")})
+    own.log(2, {"loss/nonsense": 1.0, "eval/accuracy/sum": 0.5})
+    assert second.calls[1:] == [(2, {"loss/nonsense": 1.0, "eval/accuracy/sum": 0.5})]
     with pytest.raises(OSError, match="disk full"):
         sinks.close()
     assert first.closed and second.closed
@@ -67,7 +70,7 @@ def test_fan_out_checks_names_and_closes_all() -> None:
 def test_jsonl_writes_flushed_lines_without_nan(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     sink = JsonlSink(path)
-    sink.log(1, {"reward/model": float("nan"), "loss/total": float("inf"), "reward/rule": 0.5})
+    sink.log(1, {"reward/model": float("nan"), "loss/total": float("inf"), "reward/rule": 0.5})  # a broken monitor's
     # Read before closing: a killed process must have lost nothing.
     assert json.loads(path.read_text()) == {"step": 1, "reward/model": None, "loss/total": None, "reward/rule": 0.5}
     sink.close()
@@ -131,7 +134,7 @@ def test_console_prints_one_plain_line_per_step() -> None:
     sink.close()
     first, second = file.getvalue().splitlines()
     assert first == "step 0/70 | evaluation: accuracy 50.0% | hallucination 25.0%"
-    assert second.startswith("step 1/70 | reward 0.712 (rule 0.5, format 1, model –) | accuracy 50.0%")
+    assert second.startswith("step 1/70 | reward 0.712 (rule 0.5, format 1) | accuracy 50.0%")
     assert "effective 31.0% → 50.0%" in second and "SSB 812" in second and "rollout 1.2, learner 2.0" in second
     assert "\x1b" not in file.getvalue()
 
@@ -147,6 +150,14 @@ def test_console_shows_a_table_on_a_terminal() -> None:
         assert text in shown
 
 
+def logged_out(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
+    """Nothing of this machine's own wandb settings, only these variables."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -156,19 +167,22 @@ def test_console_shows_a_table_on_a_terminal() -> None:
         ({"WANDB_MODE": "disabled"}, WandbMode.off),
     ],
 )
-def test_wandb_auto_mode(tmp_path: Path, environment: dict[str, str], expected: WandbMode) -> None:
-    environment = {"NETRC": str(tmp_path / "netrc"), **environment}
-    assert wandb_mode(WandbMode.auto, environment) is expected
-    assert wandb_mode(WandbMode.offline, environment) is WandbMode.offline
+def test_wandb_auto_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: WandbMode
+) -> None:
+    logged_out(monkeypatch, NETRC=str(tmp_path / "netrc"), **environment)
+    assert wandb_mode(WandbMode.auto) is expected
+    assert wandb_mode(WandbMode.offline) is WandbMode.offline
 
 
-def test_wandb_reads_netrc(tmp_path: Path) -> None:
+def test_wandb_reads_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "netrc"
     file.write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
     file.chmod(0o600)
-    assert wandb_mode(WandbMode.auto, {"NETRC": str(file)}) is WandbMode.online
-    own = {"NETRC": str(file), "WANDB_BASE_URL": "https://wandb.example.org"}
-    assert wandb_mode(WandbMode.auto, own) is WandbMode.offline
+    logged_out(monkeypatch, NETRC=str(file))
+    assert wandb_mode(WandbMode.auto) is WandbMode.online
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode(WandbMode.auto) is WandbMode.offline
 
 
 def test_wandb_refuses_off(tmp_path: Path) -> None:
@@ -184,9 +198,12 @@ def test_wandb_online_without_network_becomes_offline(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with caplog.at_level(logging.WARNING):
         sink = WandbSink(tmp_path, project="p", name="n", config={"lr": 1e-3, "mode": WandbMode.auto}, timeout=10.0)
-    sink.log(1, {"reward/rule": 0.5, "reward/model": float("nan")})
+    sink.log(1, {"reward/rule": 0.5, "grpo/ratio_max": float("inf")})
     sink.close()
     sink.log(2, {"reward/rule": 0.5})  # after closing: nothing happens
     assert "no online Weights & Biases run" in caplog.text
-    runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(runs) == 1 and b"reward/rule" in runs[0].read_bytes()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    end = time.monotonic() + 30
+    while b"reward/rule" not in file.read_bytes():  # wandb's own process writes it, and may still be at it
+        assert time.monotonic() < end
+        time.sleep(0.05)

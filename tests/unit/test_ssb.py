@@ -1,3 +1,4 @@
+import doctest
 import itertools
 import math
 import pickle
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from skyrl.records import Prompt, Sample, SampleGroup
+from skyrl.replay import ssb
 from skyrl.replay.ssb import SelectiveSampleBuffer
 from skyrl.settings import BufferConfig, Eviction, Unit
 
@@ -24,12 +26,10 @@ OPTIONS = [
 ]
 
 
-def sample(index, advantage, version=0, rule_advantage=1.0, error=None):
+def sample(index, advantage, version=0, rule_advantage=1.0, **fields):
     ids = np.array([index, 1], dtype=np.int32)
     logprobs = np.zeros(2, dtype=np.float32)
-    return Sample(
-        index, ids, logprobs, "", False, version, advantage=advantage, rule_advantage=rule_advantage, error=error
-    )
+    return Sample(index, ids, logprobs, "", False, version, None, advantage, rule_advantage, **fields)
 
 
 def group(name, *samples):
@@ -46,15 +46,13 @@ def make(capacity=10, max_age=8, seed=0, **options):
 
 
 def keys(drawn):
-    return [(one.stored.prompt.id, one.sample.index) for one in drawn]
+    return [(one.prompt.id, one.sample.index) for one in drawn]
 
 
 def held(buffer):
     """Everything in the buffer, in the order in which it came."""
     state = buffer.state_dict()
-    names = [
-        state["prompts"][p][0].id for p, n in zip(state["unit_prompts"], state["counts"], strict=True) for _ in range(n)
-    ]
+    names = [state["prompts"][place][0].id for place in state["sample_prompts"]]
     return list(zip(names, [one.index for one in state["samples"]], strict=True))
 
 
@@ -144,7 +142,7 @@ def test_a_group_is_drawn_whole_and_the_first_that_does_not_fit_ends_the_draw():
         for one in drawn:
             assert all(count == (1 if name == "c" else 3) for name, count in Counter(n for n, _ in keys(one)).items())
     # Σ of the groups' mean priorities, not of the samples'.
-    assert {one.stored.prompt.id: one.probability for one in buffer.draw(6, 0)} == pytest.approx({"a": 0.8, "b": 0.2})
+    assert {one.prompt.id: one.probability for one in buffer.draw(6, 0)} == pytest.approx({"a": 0.8, "b": 0.2})
 
 
 # ---------------------------------------------------------------- what is kept
@@ -161,9 +159,11 @@ def test_only_effective_samples_that_can_be_drawn_are_kept(alpha):
         sample(3, 1.0, 5, error="timed out"),
         sample(4, -1.0, 3),
         sample(5, 1.0, 2),
+        sample(6, 1.0, 5, mask=np.zeros(2, dtype=bool)),
+        sample(7, 1.0, 4, mask=np.array([False, True])),
     )
-    assert buffer.add([rows], 5) == len(buffer) == 2
-    assert sorted(keys(buffer.draw(10, 5))) == [("g", 0), ("g", 4)]
+    assert buffer.add([rows], 5) == len(buffer) == 3
+    assert sorted(keys(buffer.draw(10, 5))) == [("g", 0), ("g", 4), ("g", 7)]
 
 
 def test_capacity_drops_the_oldest_and_counts_prompts():
@@ -225,17 +225,37 @@ def test_age_limit_with_versions_out_of_order():
     assert buffer.draw(9, 7) == [] and buffer.stats(7) == {"size": 0, "prompts": 0, "priority_mass": 0}
 
 
+def test_a_group_is_as_old_as_its_oldest_sample():
+    buffer = make(max_age=3, unit=Unit.group, recency=0.5)
+    buffer.add([group("mixed", sample(0, 1.0, 4), sample(1, 1.0, 2)), numbered([1.0], 4, "even")], 4)
+    assert {one.prompt.id: one.probability for one in buffer.draw(3, 4)} == pytest.approx({"mixed": 0.2, "even": 0.8})
+    assert buffer.stats(5)["age_max"] == 3 and buffer.stats(5)["age_mean"] == pytest.approx(7 / 3)
+    assert keys(buffer.draw(3, 6)) == [("even", 0)]
+
+
 def test_prompts_are_shared_and_views_are_copied():
-    whole = np.arange(12, dtype=np.int32)
+    whole, flags = np.arange(12, dtype=np.int32), np.ones(12, dtype=bool)
+    pictures, logs = np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3), np.zeros(12, dtype=np.float32)
     rows = numbered([1.0, 1.0])
-    rows.samples[0].token_ids = whole[2:4]
+    rows.samples[0].token_ids, rows.samples[0].logprobs, rows.samples[0].mask = whole[2:4], logs[2:4], flags[2:4]
+    rows.samples[1].logprobs = None
     rows.prompt_ids = whole[:3]
+    rows.prompt = replace(rows.prompt, images=(pictures[1], pictures[2].copy()))
     buffer = make()
     buffer.add([rows], 0)
     one, two = sorted(buffer.draw(2, 0), key=lambda drawn: drawn.sample.index)
-    assert one.stored is two.stored and one.stored.members == 2
-    assert not np.shares_memory(one.sample.token_ids, whole) and one.sample.token_ids.tolist() == [2, 3]
-    assert not np.shares_memory(one.stored.prompt_ids, whole)
+    assert one.prompt is two.prompt and one.prompt_ids is two.prompt_ids and buffer.stats(0)["prompts"] == 1
+    assert two.sample.logprobs is None and two.sample.token_ids is rows.samples[1].token_ids
+    own = [one.sample.token_ids, one.sample.logprobs, one.sample.mask, one.prompt_ids, *one.prompt.images]
+    assert all(array.flags.owndata for array in own)
+    wanted = [whole[2:4], logs[2:4], flags[2:4], whole[:3], pictures[1], pictures[2]]
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(own, wanted, strict=True))
+    # What owns its memory is not copied.
+    assert one.prompt.images[1] is rows.prompt.images[1]
+
+
+def test_the_example_in_the_docstring():
+    assert doctest.testmod(ssb) == (0, 7)
 
 
 def test_refuses_broken_samples_and_stays_as_it_was():
@@ -263,7 +283,7 @@ def test_refuses_broken_samples_and_stays_as_it_was():
     ],
 )
 def test_refuses_settings_out_of_range(setting):
-    with pytest.raises(ValueError, match="allowed"):
+    with pytest.raises(ValueError, match=next(iter(setting))):
         make(**setting)
 
 
@@ -328,18 +348,63 @@ def test_another_unit_parts_and_joins_the_groups():
     old = held(buffer)
     joined = make(20, 3, unit=Unit.group)
     joined.load_state_dict(buffer.state_dict())
-    assert held(joined) == old and len(joined.state_dict()["counts"]) == 4
+    assert held(joined) == old and len({one.probability for one in joined.draw(20, 1005)}) == 4
     parted = make(20, 3)
     parted.load_state_dict(joined.state_dict())
-    assert held(parted) == old and parted.state_dict()["counts"] == [1] * 20
+    assert held(parted) == old and len({one.probability for one in parted.draw(20, 1005)}) == 20
 
 
-def test_a_state_of_the_first_format_is_refused():
+def test_groups_that_do_not_fit_into_a_smaller_buffer_are_refused_and_it_stays_as_it_was():
+    saved = make(20)
+    saved.add([numbered([1.0] * 2, name="small"), numbered([1.0] * 5, name="large")], 0)
+    buffer = make(4, unit=Unit.group)
+    buffer.add([numbered([2.0, 1.0], name="kept"), numbered([1.0], name="too")], 0)
+    untouched = make(4, unit=Unit.group)
+    untouched.load_state_dict(buffer.state_dict())
+    with pytest.raises(ValueError, match="prompt large: 5 samples to keep together; capacity is 4"):
+        buffer.load_state_dict(saved.state_dict())
+    assert held(buffer) == [("kept", 0), ("kept", 1), ("too", 0)]
+    for _ in range(20):  # the generator's state stayed, too
+        assert keys(buffer.draw(3, 0)) == keys(untouched.draw(3, 0))
+    # Those that fit go as a whole, the first first.
+    buffer = make(5, unit=Unit.group)
+    buffer.load_state_dict(saved.state_dict())
+    assert held(buffer) == [("large", i) for i in range(5)]
+
+
+def test_another_exponent_ranks_anew():
+    saved = make()
+    saved.add([numbered([1e-3, 2.0, 10.0])], 0)
+    buffer = make(alpha=20.0)
+    buffer.load_state_dict(saved.state_dict())
+    assert held(buffer) == [("g", 1), ("g", 2)]  # 1e-60 counts as 0
+    assert {one.sample.index: one.probability for one in buffer.draw(2, 0)}[1] == pytest.approx(1 / (1 + 5.0**20))
+    with pytest.raises(ValueError, match=r"prompt g, sample 2: \|10\.0\|\^51 is above 1e50; lower alpha"):
+        make(alpha=51.0).load_state_dict(saved.state_dict())
+
+
+def test_another_eviction_and_age_limit_act_at_once():
+    saved = make()
+    saved.add([numbered([9.0], 0, "old"), numbered([0.5, 3.0, 1.0], 3, "new")], 3)
+    buffer = make(2, eviction=Eviction.smallest)
+    buffer.load_state_dict(saved.state_dict())
+    assert held(buffer) == [("old", 0), ("new", 1)]
+    buffer = make(3, max_age=2, eviction=Eviction.smallest)
+    buffer.load_state_dict(saved.state_dict())
+    assert held(buffer) == [("new", 0), ("new", 1), ("new", 2)]  # the outdated made room
+
+
+def test_a_state_of_another_layout_is_refused():
     buffer = filled()
     state = buffer.state_dict()
-    old = {key: state[key] for key in ("capacity", "free", "samples", "prompts", "rng")}
-    with pytest.raises(ValueError, match=r"lacks \['counts', 'leaves', 'unit', 'unit_prompts'\]: another version"):
-        buffer.load_state_dict(old | {"slots": state["leaves"], "sample_prompts": state["unit_prompts"]})
+    records = {key: state[key] for key in ("samples", "prompts", "rng")} | {"capacity": 20, "free": []}
+    first = records | {"slots": [], "sample_prompts": []}
+    second = records | {"unit": "sample", "leaves": [], "counts": [], "unit_prompts": []}
+    for other, number, age in ((first, 1, "older"), (second, 2, "older"), (state | {"layout": 4}, 4, "newer")):
+        with pytest.raises(
+            ValueError, match=f"state has layout {number}, that of {age} checkpoints; .* reads layout 3"
+        ):
+            buffer.load_state_dict(other)
     assert held(buffer) == held(filled())
 
 
@@ -347,19 +412,26 @@ def test_a_state_of_the_first_format_is_refused():
 
 
 class Machine(RuleBasedStateMachine):
-    """Compares the buffer with a plain list of units: (prompt, indices, mean |A|, version)."""
+    """Compares the buffer with a plain list of units: (prompt, members as (index, advantage), version)."""
 
     @initialize(
         capacity=st.integers(4, 9),
-        max_age=st.integers(0, 3),
+        max_age=st.integers(1, 3),
+        alpha=st.sampled_from([1.0, 2.0, 0.0]),
         recency=st.sampled_from([1.0, 0.5]),
         share=st.sampled_from([0.0, 0.25, 1.0]),
         eviction=st.sampled_from(Eviction),
         unit=st.sampled_from(Unit),
     )
-    def start(self, capacity, max_age, recency, share, eviction, unit):
+    def start(self, capacity, max_age, alpha, recency, share, eviction, unit):
         self.cfg = BufferConfig(
-            capacity=capacity, max_age=max_age, recency=recency, uniform_share=share, eviction=eviction, unit=unit
+            capacity=capacity,
+            max_age=max_age,
+            alpha=alpha,
+            recency=recency,
+            uniform_share=share,
+            eviction=eviction,
+            unit=unit,
         )
         self.buffer = SelectiveSampleBuffer(self.cfg, seed=0)
         self.model, self.version, self.names = [], 0, 0
@@ -368,13 +440,19 @@ class Machine(RuleBasedStateMachine):
         return sum(len(unit[1]) for unit in self.model)
 
     def expire(self):
-        self.model = [unit for unit in self.model if self.version - unit[3] <= self.cfg.max_age]
+        self.model = [unit for unit in self.model if self.version - unit[2] <= self.cfg.max_age]
 
     def key(self, unit):
         # Powers of two times halves: exact, so ties are ties.
-        return unit[2] / self.cfg.recency ** unit[3] if self.cfg.eviction is Eviction.smallest else 0.0
+        mean = sum(abs(a) ** self.cfg.alpha for _, a in unit[1]) / len(unit[1])
+        return mean / self.cfg.recency ** unit[2] if self.cfg.eviction is Eviction.smallest else 0.0
 
-    def put(self, unit):
+    def put(self, name, members, version):
+        """The samples of one group, as units."""
+        for unit in [[one] for one in members] if self.cfg.unit is Unit.sample else [members] if members else []:
+            self.put_unit((name, unit, version))
+
+    def put_unit(self, unit):
         while self.size() + len(unit[1]) > self.cfg.capacity:
             first = min(self.model, key=self.key)  # min() takes the first among equals
             if self.key(unit) < self.key(first):
@@ -382,23 +460,27 @@ class Machine(RuleBasedStateMachine):
             self.model.remove(first)
         self.model.append(unit)
 
+    def fits(self, groups):
+        return self.cfg.unit is Unit.sample or all(len(members) <= self.cfg.capacity for _, members, _ in groups)
+
     @rule(
         rows=st.lists(st.tuples(st.lists(st.sampled_from([0.0, 0.5, -2.0]), max_size=4), st.integers(0, 4)), max_size=4)
     )
     def add(self, rows):
-        groups = []
-        self.expire()
+        groups, kept = [], []
         for advantages, age in rows:
             self.names += 1
             version = max(0, self.version - age)
             groups.append(numbered(advantages, version, str(self.names)))
-            kept = [(i, abs(a)) for i, a in enumerate(advantages) if a and self.version - version <= self.cfg.max_age]
-            if self.cfg.unit is Unit.sample:
-                for i, a in kept:
-                    self.put((str(self.names), (i,), a, version))
-            elif kept:
-                mean = sum(a for _, a in kept) / len(kept)
-                self.put((str(self.names), tuple(i for i, _ in kept), mean, version))
+            young = self.version - version <= self.cfg.max_age
+            kept.append((str(self.names), [(i, a) for i, a in enumerate(advantages) if a and young], version))
+        if not self.fits(kept):
+            with pytest.raises(ValueError, match="samples to keep together"):
+                self.buffer.add(groups, self.version)
+            return
+        self.expire()
+        for group in kept:
+            self.put(*group)
         new = {one.prompt.id for one in groups}
         assert self.buffer.add(groups, self.version) == sum(len(unit[1]) for unit in self.model if unit[0] in new)
 
@@ -411,42 +493,65 @@ class Machine(RuleBasedStateMachine):
         if self.cfg.unit is Unit.sample:
             assert len(drawn) == min(n, self.size())
         assert all(self.version - one.sample.policy_version <= self.cfg.max_age for one in drawn)
-        units = [[(unit[2], unit[3])] for unit in self.model]
-        chances = first_chances(units, self.version, 1.0, self.cfg.recency, self.cfg.uniform_share) if units else []
-        chance = {(unit[0], i): p for unit, p in zip(self.model, chances, strict=True) for i in unit[1]}
+        units = [[(a, unit[2]) for _, a in unit[1]] for unit in self.model]
+        cfg = self.cfg
+        chances = first_chances(units, self.version, cfg.alpha, cfg.recency, cfg.uniform_share) if units else []
+        chance = {(unit[0], i): p for unit, p in zip(self.model, chances, strict=True) for i, _ in unit[1]}
         for one in drawn:
-            assert one.probability == pytest.approx(chance[one.stored.prompt.id, one.sample.index])
+            assert one.probability == pytest.approx(chance[one.prompt.id, one.sample.index])
 
     @rule()
     def resume(self):
         state = pickle.loads(pickle.dumps(self.buffer.state_dict()))
-        self.buffer = SelectiveSampleBuffer(replace(self.cfg), seed=1)
+        self.buffer = SelectiveSampleBuffer(self.cfg, seed=1)
         self.buffer.load_state_dict(state)
+
+    @rule(
+        capacity=st.integers(1, 9),
+        max_age=st.integers(1, 3),
+        alpha=st.sampled_from([1.0, 2.0]),
+        eviction=st.sampled_from(Eviction),
+        unit=st.sampled_from(Unit),
+    )
+    def go_on_with_other_settings(self, **changes):
+        state, before = self.buffer.state_dict(), self.cfg
+        self.cfg = before.model_copy(update=changes)
+        groups = {}
+        for name, members, version in self.model:
+            groups.setdefault(name, (name, [], version))[1].extend(members)
+        buffer = SelectiveSampleBuffer(self.cfg, seed=1)
+        if not self.fits(groups.values()):
+            with pytest.raises(ValueError, match="samples to keep together"):
+                buffer.load_state_dict(state)
+            assert len(buffer) == 0
+            self.cfg = before
+            return
+        newest = max((unit[2] for unit in self.model), default=0)
+        self.model, self.buffer = [], buffer
+        for group in groups.values():
+            if newest - group[2] <= self.cfg.max_age:
+                self.put(*group)
+        buffer.load_state_dict(state)
 
     @invariant()
     def agrees(self):
         if not hasattr(self, "buffer"):
             return
         stats = self.buffer.stats(self.version)
-        assert held(self.buffer) == [(unit[0], i) for unit in self.model for i in unit[1]]
+        assert held(self.buffer) == [(unit[0], i) for unit in self.model for i, _ in unit[1]]
         assert stats["size"] == len(self.buffer) == self.size() <= self.cfg.capacity
         names = [unit[0] for unit in self.model]
         assert stats["prompts"] == len(set(names)) == len(self.buffer.state_dict()["prompts"])
-        mass = sum(unit[2] * self.cfg.recency ** (self.version - unit[3]) for unit in self.model)
-        assert stats["priority_mass"] == pytest.approx(mass)
-        if self.model:
-            assert stats["age_max"] == max(self.version - unit[3] for unit in self.model)
-        # The trees agree with the entries, leaf by leaf, and empty leaves weigh nothing.
-        buffer = self.buffer
-        leaves = np.arange(self.cfg.capacity)
-        filled = np.array([buffer._queue.number(leaf) >= 0 for leaf in leaves])
-        assert ((buffer._tree.get(leaves) > 0) == filled).all() and filled.sum() == len(self.model)
-        assert buffer._ones is None or (buffer._ones.get(leaves) == filled).all()
-        members = Counter()
-        for leaf in leaves[filled].tolist():
-            members[id(buffer._store[leaf].stored)] += len(buffer._store[leaf].samples)
-        assert all(buffer._store[i].stored.members == members[id(buffer._store[i].stored)] for i in leaves[filled])
+        alpha, recency = self.cfg.alpha, self.cfg.recency
+        masses = [
+            sum(abs(a) ** alpha for _, a in members) / len(members) * recency ** (self.version - version)
+            for _, members, version in self.model
+        ]
+        assert stats["priority_mass"] == pytest.approx(sum(masses))
+        ages = [self.version - version for _, members, version in self.model for _ in members]
+        if ages:
+            assert stats["age_max"] == max(ages) and stats["age_mean"] == pytest.approx(sum(ages) / len(ages))
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestMachine.settings = settings(max_examples=200, stateful_step_count=20, deadline=None)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
-from skyrl.batch.thresholds import Threshold, clopper_pearson_upper, risk_controlled, safest, strictest
+from skyrl.batch.thresholds import Candidate, Threshold, clopper_pearson_upper, risk_controlled, safest, strictest
 from skyrl.records import DataError
-from skyrl.settings import ThresholdConfig, ThresholdFallback, ThresholdKind
-from skyrl.settings.ranges import fewest_candidates
+from skyrl.settings import ThresholdConfig, ThresholdFallback, ThresholdKind, fewest_candidates
 
 TARGET, CONFIDENCE = 0.1, 0.9
 
@@ -227,23 +227,28 @@ def config(kind: str, **changes: object) -> ThresholdConfig:
     return ThresholdConfig(kind=ThresholdKind(kind), value=2.0, **changes)  # type: ignore[arg-type]
 
 
+def observe(threshold: Threshold, scores: Sequence[float], bad: Sequence[float | None]) -> None:
+    labels = [None if label is None else bool(label) for label in bad]
+    threshold.observe([Candidate(float(score), label) for score, label in zip(scores, labels, strict=True)])
+
+
 def test_off_and_fixed_never_move() -> None:
     for kind, value in (("off", -math.inf), ("fixed", 2.0)):
         threshold = Threshold(config(kind, every=1, min_labelled=1))
-        threshold.observe(np.arange(100.0), np.zeros(100, dtype=bool))
+        observe(threshold, np.arange(100.0), np.zeros(100))
         assert not any(threshold.calibrate(step) for step in range(1, 20))
         assert threshold.value == value
 
 
 def test_schedule_window_and_quantile() -> None:
     threshold = Threshold(config("quantile", quantile=0.25, every=3, window=5, min_labelled=4))
-    threshold.observe([100.0, 1.0, 2.0], [0, math.nan, 1])
+    observe(threshold, [100.0, 1.0, 2.0], [0, None, 1])
     assert [threshold.calibrate(step) for step in (1, 4)] == [False, False]  # only three
     assert threshold.value == 2.0
-    threshold.observe([3.0, 4.0, 5.0], [0, 0, 0])  # 100 falls out
+    observe(threshold, [3.0, 4.0, 5.0], [0, 0, 0])  # 100 falls out
     assert [threshold.calibrate(step) for step in (1, 2, 3, 5, 6, 7)] == [False] * 5 + [True]
     assert threshold.value == 2.0  # 1, 2, 3, 4, 5: a quarter of the way from 1 to 5
-    threshold.observe([9.0], [True])
+    observe(threshold, [9.0], [1])
     assert threshold.calibrate(10) and threshold.value == 3.0
 
 
@@ -261,10 +266,10 @@ def test_fewest_candidates_are_just_enough(target: float, confidence: float, wal
 def test_risk_controlled_falls_back_and_recovers() -> None:
     changes = {"target_risk": 0.5, "confidence": 0.75, "every": 1, "window": 10}
     threshold = Threshold(config("risk_controlled", **changes))
-    threshold.observe(np.arange(10.0), np.full(10, math.nan))  # unknown: of no use
+    observe(threshold, np.arange(10.0), [None] * 10)  # unknown: of no use
     assert threshold.metrics("gate/") == {"gate/labelled": 0.0, "gate/tau": 2.0, "gate/controlled": 0.0}
     threshold.cfg.min_labelled = 10
-    threshold.observe(np.arange(10.0), np.ones(10))
+    observe(threshold, np.arange(10.0), np.ones(10))
     assert threshold.calibrate(2) and threshold.value == 0.0  # all are equally bad
     threshold.cfg.fallback = ThresholdFallback.strictest
     assert threshold.calibrate(3) and threshold.value == 9.0
@@ -278,14 +283,15 @@ def test_risk_controlled_falls_back_and_recovers() -> None:
     }
     threshold.cfg.fallback = ThresholdFallback.nothing
     assert threshold.calibrate(4) and threshold.value == math.inf
-    metrics = threshold.metrics("gate/")
-    assert math.isnan(metrics.pop("gate/risk"))
+    metrics = threshold.metrics("gate/")  # nothing passes: no risk
     assert metrics == {"gate/labelled": 10.0, "gate/controlled": 0.0, "gate/acceptance": 0.0, "gate/risk_bound": 1.0}
-    threshold.observe(np.arange(10.0), np.arange(10) <= 4)
+    observe(threshold, np.arange(10.0), np.arange(10) <= 4)
     # 1 bad of 6: 7/64 <= 0.125 passes, 2 of 7: 29/128 does not.
     assert threshold.calibrate(5) and threshold.value == 4.0
     metrics = threshold.metrics()
-    assert metrics.pop("threshold/risk_bound") == pytest.approx(clopper_pearson_upper(1, 6, 0.75))
+    # Chosen among twenty thresholds: each bound may err with 0.25 / 20, and (1 - p)^6 + 6 p (1 - p)^5 is that at p.
+    bound = metrics.pop("threshold/risk_bound")
+    assert (1 - bound) ** 6 + 6 * bound * (1 - bound) ** 5 == pytest.approx(0.0125)
     assert metrics.pop("threshold/risk") == pytest.approx(1 / 6)
     assert metrics == {
         "threshold/labelled": 10.0,
@@ -297,21 +303,23 @@ def test_risk_controlled_falls_back_and_recovers() -> None:
 
 def test_risk_control_without_anything_to_learn_from_is_an_error() -> None:
     threshold = Threshold(config("risk_controlled", every=5), "algorithm.gate")
-    threshold.observe([], [])
+    observe(threshold, [], [])
     assert not threshold.calibrate(6)  # no candidate at all yet
-    threshold.observe([1.0, 2.0], [math.nan, math.nan])
+    observe(threshold, [1.0, 2.0], [None, None])
     assert not threshold.calibrate(5)
     with pytest.raises(DataError, match=r"algorithm\.gate\.kind=risk_controlled .* none of the 2 candidates"):
         threshold.calibrate(6)
-    threshold.observe([3.0], [1])
+    observe(threshold, [3.0], [1])
     assert not threshold.calibrate(6)  # too few, but some
-    Threshold(config("quantile", every=5)).observe([1.0], [math.nan])
+    blind = Threshold(config("quantile", every=5))
+    observe(blind, [1.0], [None])
+    assert not blind.calibrate(6)  # the others need no facts
 
 
 def test_metrics_of_the_other_kinds() -> None:
     assert Threshold(config("off")).metrics() == {"threshold/labelled": 0.0}
     threshold = Threshold(config("fixed"))
-    threshold.observe([1.0, 2.0, 3.0, 4.0], [1, 0, math.nan, 1])
+    observe(threshold, [1.0, 2.0, 3.0, 4.0], [1, 0, None, 1])
     metrics = threshold.metrics()
     bound = metrics.pop("threshold/risk_bound")
     assert metrics == {
@@ -328,21 +336,21 @@ def test_state_goes_through_json(kind: str) -> None:
     changes = {"every": 1, "window": 40, "min_labelled": 10, "target_risk": 0.4, "confidence": 0.7}
     rng = np.random.default_rng(0)
     first, second = Threshold(config(kind, **changes)), Threshold(config(kind, **changes))
-    first.observe(rng.normal(size=30), rng.random(30) < 0.2)
-    first.observe(rng.normal(size=5), np.full(5, math.nan))
+    observe(first, rng.normal(size=30), rng.random(30) < 0.2)
+    observe(first, rng.normal(size=5), [None] * 5)
     first.calibrate(2)
     second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     assert second.value == first.value and second.metrics() == first.metrics()
     more = rng.normal(size=20), rng.random(20) < 0.2
     for threshold in (first, second):
-        threshold.observe(*more)
+        observe(threshold, *more)
         threshold.calibrate(3)
     assert second.value == first.value and second.state_dict() == first.state_dict()
 
 
 def test_state_of_a_closed_threshold_and_of_other_settings() -> None:
     closed = Threshold(config("risk_controlled", every=1, fallback=ThresholdFallback.nothing))
-    closed.observe(np.arange(50.0), np.ones(50))
+    observe(closed, np.arange(50.0), np.ones(50))
     closed.calibrate(2)
     state = closed.state_dict()
     again = Threshold(config("risk_controlled"))
@@ -352,8 +360,8 @@ def test_state_of_a_closed_threshold_and_of_other_settings() -> None:
     changed.load_state_dict(state)
     assert changed.value == 2.0
     assert changed.calibrate(2) and changed.value == 44.5  # of the newest ten, 40 … 49
-    with pytest.raises(ValueError, match="shape"):
-        changed.load_state_dict(state | {"bad": [0]})
+    with pytest.raises(ValueError, match="finite"):
+        changed.load_state_dict(state | {"window": [(math.inf, True)]})
 
 
 @pytest.mark.parametrize(
@@ -363,13 +371,97 @@ def test_state_of_a_closed_threshold_and_of_other_settings() -> None:
         ([[1.0]], [[0]], "shape"),
         ([math.nan], [0], "finite"),
         ([math.inf], [0], "finite"),
-        ([1.0], [2], "0, 1 or nan"),
+        ([1.0], [2], "0 or 1$"),
+        ([1.0], [math.nan], "0 or 1$"),
     ],
 )
 def test_broken_candidates(scores: list, bad: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Threshold(config("fixed")).observe(scores, bad)
-    with pytest.raises(ValueError, match=r"0 or 1$"):
-        risk_controlled([1.0], [math.nan], 0.1, 0.9)
-    with pytest.raises(ValueError, match="target_risk=1"):
-        risk_controlled([1.0], [0], 1, 0.9)
+        risk_controlled(scores, bad, 0.1, 0.9)
+    with pytest.raises(ValueError, match=message):
+        safest(scores, bad, 0.9)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_not_observed(score: float) -> None:
+    threshold = Threshold(config("fixed"))
+    with pytest.raises(ValueError, match=r"scores hold \[(nan|inf)\]; allowed: finite"):
+        threshold.observe([Candidate(1.0, None), Candidate(score, None)])
+    assert threshold.state_dict()["window"] == []
+
+
+@pytest.mark.parametrize(
+    ("target", "confidence", "walks"),
+    [(1, 0.9, 2), (0, 0.9, 2), (0.51, 0.9, 2), (0.1, 0.49, 2), (0.1, 1.0, 2), (0.1, 0.74, 1), (0.1, -0.1, 5)],
+)
+def test_levels_at_which_the_bound_is_not_proved_are_refused(target: float, confidence: float, walks: int) -> None:
+    starts = (2, 12, 13, 14, 15)[:walks]
+    with pytest.raises(ValueError, match=f"target_risk={target}, confidence={confidence}, {walks} walks; allowed: "):
+        risk_controlled([1.0], [0], target, confidence, starts)
+    risk_controlled([1.0], [0], 0.5, 0.5)
+    risk_controlled([1.0], [0], 0.5, 0.75, (2,))
+
+
+def worst_tail(draws: int, mean: float, most: int) -> float:
+    """The largest P(S <= most) of independent 0/1 draws of any chances that add up to ``mean``. Hoeffding (1956) shows
+    that it is reached by chances that are 0, 1 or one number in between."""
+    tails = []
+    for ones in range(draws + 1):
+        for rest in range(1, draws - ones + 1):
+            chance = (mean - ones) / rest
+            if 0 <= chance <= 1:
+                tails.append(float(binom.cdf(most - ones, rest, chance)))
+    return max(tails)
+
+
+def test_the_single_test_holds_for_draws_of_unequal_chances_at_the_allowed_levels() -> None:
+    """A risk is rejected if P(binomial <= bad) <= level. Whatever the chances of the draws are, this happens at most so
+    often while their mean is that risk. Outside of the limits there are chances that break it."""
+
+    def worst(level: float, risks: Sequence[float]) -> float:
+        """By how much a true null is rejected too often."""
+        excess = []
+        for draws in range(1, 19):
+            for risk in risks:
+                tails = binom.cdf(np.arange(draws), draws, risk)
+                if (count := int((tails <= level + 1e-12).sum())) > 0:
+                    excess.append(worst_tail(draws, draws * risk, count - 1) - level)
+        return max(excess)
+
+    small = np.linspace(0.05, 0.5, 19).tolist()
+    assert max(worst(level, small) for level in (0.05, 0.1, 0.25)) <= 1e-9
+    assert worst(0.25, [0.9, 0.95, 0.96]) > 0.01  # a target above 1/2
+    assert worst(0.5, small) > 0.05  # a level above 1/4
+
+
+BOUNDED = {"every": 1, "window": 200, "min_labelled": 32}
+
+
+@pytest.mark.parametrize("fallback", list(ThresholdFallback))
+@pytest.mark.parametrize("level", [0.101, 0.2])
+def test_the_bound_of_a_chosen_threshold_holds_as_often_as_stated(fallback: ThresholdFallback, level: float) -> None:
+    """A score that says nothing: the share of bad ones is ``level`` above every threshold. The bound of a threshold
+    fixed beforehand would be too low far more often: ``safest`` chooses the luckiest."""
+    rng, sets = np.random.default_rng(5), 400
+    missed, naive_missed = 0, 0
+    for _ in range(sets):
+        threshold = Threshold(config("risk_controlled", fallback=fallback, **BOUNDED))
+        observe(threshold, rng.random(200), rng.random(200) < level)
+        threshold.calibrate(2)
+        observe(threshold, rng.random(20), rng.random(20) < level)  # the window is not that of the calibration any more
+        metrics = threshold.metrics()
+        missed += metrics["threshold/risk_bound"] < level
+        passing = [one.bad for one in threshold._window if one.score >= threshold.value]
+        naive_missed += clopper_pearson_upper(sum(passing), len(passing), CONFIDENCE) < level
+    assert missed / sets <= 1 - CONFIDENCE
+    if fallback is ThresholdFallback.safest:
+        assert naive_missed / sets > 0.18
+
+
+def test_the_bound_of_a_threshold_that_no_label_chose_is_the_plain_one() -> None:
+    for kind in ("fixed", "quantile"):
+        threshold = Threshold(config(kind, every=1, min_labelled=1))
+        observe(threshold, np.arange(10.0), np.arange(10) == 3)
+        threshold.calibrate(2)
+        bad, total = {"fixed": (1, 8), "quantile": (0, 5)}[kind]
+        assert threshold.metrics()["threshold/risk_bound"] == clopper_pearson_upper(bad, total, 0.9)

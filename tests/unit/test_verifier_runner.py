@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ HERE = str(Path(__file__).parent)
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[VerifierRunner]:
-    with VerifierRunner(timeout=0.5) as runner:
+    with closing(VerifierRunner(timeout=0.5)) as runner:
         yield runner
 
 
@@ -44,7 +45,7 @@ def eventually(condition: object, seconds: float = 5.0) -> bool:
 
 
 def test_trusted_verifiers_need_no_process() -> None:
-    with VerifierRunner(timeout=0.5, numeric_tolerance=0.1) as runner:
+    with closing(VerifierRunner(timeout=0.5, numeric_tolerance=0.1)) as runner:
         assert runner.verify("numeric", "9.5", "9").score == 1.0
         assert runner.verify("exact", "cat", "dog").score == 0.0
         assert runner.verify("choice", "B", "(B)").score == 1.0
@@ -52,7 +53,7 @@ def test_trusted_verifiers_need_no_process() -> None:
 
 
 def test_broken_truth_is_an_error_not_a_zero() -> None:
-    with VerifierRunner(timeout=0.5) as runner:
+    with closing(VerifierRunner(timeout=0.5)) as runner:
         verdict = runner.verify("numeric", "9", "nine")
     assert verdict.score is None
     assert "DataError" in str(verdict.error) and "'nine'" in str(verdict.error)
@@ -120,6 +121,18 @@ def test_prints_do_not_break_the_protocol(runner: VerifierRunner, capfd: pytest.
 def test_unknown_name_raises(runner: VerifierRunner) -> None:
     with pytest.raises(DataError, match="'nope'"):
         runner.verify("nope", "", "")
+    with pytest.raises(DataError, match="'nope'"):
+        runner.check("nope")
+
+
+def test_own_names() -> None:
+    with closing(VerifierRunner(timeout=5.0, own={"mine": bad("right"), "gone": bad("absent")})) as runner:
+        assert [runner.verify("mine", answer, "9").score for answer in ("9", "8")] == [1.0, 0.0]
+        runner.check("mine")
+        with pytest.raises(DataError, match=r"verifier 'gone'.*absent' can't be imported"):
+            runner.check("gone")
+        assert "verifier 'gone'" in str(runner.verify("gone", "9", "9").error)
+        assert runner.verify("numeric", "9.0", "9").score == 1.0
 
 
 def test_works_beside_threads_and_off_the_main_thread() -> None:
@@ -127,7 +140,7 @@ def test_works_beside_threads_and_off_the_main_thread() -> None:
     scores: list[float | None] = []
 
     def work() -> None:
-        with VerifierRunner(timeout=5.0) as runner:
+        with closing(VerifierRunner(timeout=5.0)) as runner:
             scores.append(runner.verify("math", "\\frac{1}{2}", "0.5").score)
 
     thread = threading.Thread(target=work)
@@ -176,7 +189,7 @@ def test_math(answer: str, truth: str, score: float) -> None:
 
 
 def test_endless_math_is_killed() -> None:
-    with VerifierRunner(timeout=2.0) as runner:
+    with closing(VerifierRunner(timeout=2.0)) as runner:
         verdict = runner.verify("math", "9^{9^{9^{9}}}", "9")
     assert verdict.score is None and "killed after 2 s" in str(verdict.error)
 

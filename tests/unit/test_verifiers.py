@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrl.records import DataError
-from skyrl.rewards import verifiers
 from skyrl.rewards.format import extract_answer, format_reward
-from skyrl.rewards.verifiers import get_verifier, register_verifier
+from skyrl.rewards.verifiers import BUILTIN, get_verifier, verifier_reference
 from skyrl.rewards.verifiers.choice import choice_verifier
 from skyrl.rewards.verifiers.exact import exact_verifier
 from skyrl.rewards.verifiers.numeric import numeric_verifier, parse_number
@@ -225,18 +224,13 @@ def test_bad_path(name: str) -> None:
         get_verifier(name)
 
 
-def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifiers, "VERIFIERS", dict(verifiers.VERIFIERS))
-    register_verifier("mine", hostile_verifiers.right)
-    register_verifier("also", "hostile_verifiers:right")
-    for name in ("mine", "also", "hostile_verifiers:right"):
-        assert get_verifier(name) is hostile_verifiers.right
-
-
-def test_register_refuses_what_another_process_could_not_import() -> None:
-    with pytest.raises(DataError, match="top-level"):
-        register_verifier("mine", lambda answer, truth: 1.0)
-    with pytest.raises(DataError, match="built in"):
-        register_verifier("exact", hostile_verifiers.right)
-    with pytest.raises(DataError, match="package"):
-        register_verifier("mine", "right")
+def test_names() -> None:
+    own = {"mine": "hostile_verifiers:right"}
+    assert get_verifier("hostile_verifiers:right") is hostile_verifiers.right
+    assert get_verifier("numeric") is numeric_verifier and get_verifier("exact") is exact_verifier
+    assert verifier_reference("mine", own) == verifier_reference("hostile_verifiers:right") == own["mine"]
+    assert [verifier_reference(name, own) for name in BUILTIN] == list(BUILTIN.values())
+    with pytest.raises(DataError, match=r"'yours'; allowed: exact, numeric, math, choice, mine, .*reward\.verifiers"):
+        verifier_reference("yours", own)
+    with pytest.raises(DataError, match="'mine'"):
+        verifier_reference("mine")

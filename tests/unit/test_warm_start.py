@@ -33,12 +33,12 @@ def train(steps: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], list[floa
     losses: list[float] = []
     seen: list[tuple[int, int]] = []
 
-    def progress(step: int, total: int, loss: float) -> None:
+    def show(step: int, total: int, loss: float) -> None:
         seen.append((step, total))
         losses.append(loss)
 
     model = random_model(seed, scale=1.0)
-    warm_start(model, encoder(), DigitScenes("train", 64, 0.2, 0), steps, progress)
+    warm_start(model, encoder(), DigitScenes("train", 64, 0.2, 0), steps, show)
     assert seen == [(i + 1, steps) for i in range(steps)]
     assert not model.training
     return model.state_dict(), losses

@@ -1,64 +1,82 @@
 """What scored groups contribute to a batch: GRPO items, preference pairs, and what the thresholds learn from. No state.
 
-Throughout, ``held`` is a group's gate as a bool array [G]: True for answers whose reinforcement is withheld.
+An answer *can train* if it was scored and its mask leaves it a token. All others are in no GRPO item, no pair and no
+threshold's window.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from skyrl.batch.pairs import NO_THRESHOLD, RIGHT, Pair, reward_margin_pairs, rule_pairs
-from skyrl.records import DataError, PreferencePair, Sample, SampleGroup, TrainItem
+from skyrl.batch.pairs import NO_THRESHOLD, Pair, reward_margin_pairs, rule_pairs
+from skyrl.batch.thresholds import Candidate
+from skyrl.records import DataError, PreferencePair, Sample, SampleGroup, SkyrlError, TrainBatch, TrainItem
 from skyrl.settings import GrpoFilter, MpoConfig, PairSource
 
 
 @dataclass(slots=True, frozen=True)
-class Candidates:
-    """What a threshold looks at: all that it could let pass, whether it does or not."""
+class Gated:
+    """A scored group with what the gate says of it. All arrays are [G]."""
 
+    group: SampleGroup
+    able: np.ndarray
+    """bool: can train."""
+    right: np.ndarray
+    """bool: right by the rule, and can train."""
     scores: np.ndarray
-    """float64 [n]: what the threshold is compared with; finite."""
-    bad: np.ndarray
-    """float64 [n]: 1 if the answer makes a false claim about its picture, 0 if not, ``nan`` if nothing is known of the
-    picture or there is none."""
+    """float64: r_θ, ``nan`` where it is unknown."""
+    held: np.ndarray
+    """bool: right, and r_θ below the gate's τ. Such an answer may not be made likelier."""
+
+    @classmethod
+    def at(cls, group: SampleGroup, tau: float) -> Gated:
+        """The group under a gate at τ; -inf holds nothing, and an unknown r_θ is never held."""
+        able = np.array([s.error is None and s.reward is not None and s.mask.any() for s in group.samples], dtype=bool)
+        right = able & np.array([sample.right for sample in group.samples], dtype=bool)
+        known = [None if sample.reward is None else sample.reward.model for sample in group.samples]
+        scores = np.array(known, dtype=np.float64)
+        return cls(group, able, right, scores, right & (scores < tau))
+
+    def passed(self) -> list[Sample]:
+        """The samples without those that GRPO would make likelier against the gate; one that is made less likely is
+        none of its business."""
+        pairs = zip(self.group.samples, self.held, strict=True)
+        return [sample for sample, held in pairs if not (held and sample.advantage > 0)]
+
+    def grpo(self, only: GrpoFilter) -> list[int]:
+        """Places of the samples that the GRPO term sees."""
+        signal = [s.advantage if only is GrpoFilter.all or s.effective else 0.0 for s in self.group.samples]
+        return [p for p, a in enumerate(signal) if a != 0 and self.able[p] and not (self.held[p] and a > 0)]
 
 
-def is_right(sample: Sample) -> bool:
-    """True for a scored answer with the full rule score."""
-    return sample.error is None and sample.reward is not None and sample.reward.rule >= RIGHT
+def check_fresh(groups: list[SampleGroup], version: int, lag: int) -> None:
+    """Refuse fresh answers that the learner, at ``version``, may not train on.
+
+    Raises:
+        SkyrlError: for one that is more than ``lag`` versions older, or newer.
+        DataError: for one that was scored and has no tokens.
+    """
+    for group in groups:
+        for sample in members(group):
+            where = f"prompt {group.prompt.id}, sample {sample.index}"
+            if not version - lag <= sample.policy_version <= version:
+                raise SkyrlError(
+                    f"{where}: drawn by policy version {sample.policy_version}, to be trained at version {version}; "
+                    f"allowed: that version or up to controller.lag={lag} older ones"
+                )
+            if sample.error is None and len(sample.token_ids) == 0:
+                raise DataError(f"{where}: 0 answer tokens; allowed: 1 or more")
 
 
-def gate_of(group: SampleGroup, tau: float) -> np.ndarray:
-    """bool [G]: right by the rule, and r_θ below the gate's τ (-inf withholds nothing)."""
-    return np.array([is_right(sample) and _score(sample) < tau for sample in group.samples], dtype=bool)
-
-
-def reinforced(sample: Sample, held: bool) -> bool:
-    """False if the gate forbids to make the sample likelier; one that is made less likely is none of its business."""
-    return not (held and sample.advantage > 0)
-
-
-def let_through(groups: list[SampleGroup], held: list[np.ndarray]) -> list[SampleGroup]:
-    """The groups without the samples that the gate keeps from GRPO."""
-    return [
-        replace(group, samples=[s for s, no in zip(group.samples, gate, strict=True) if reinforced(s, bool(no))])
-        for group, gate in zip(groups, held, strict=True)
-    ]
-
-
-# ---------------------------------------------------------------- pairs
-
-
-def group_pairs(group: SampleGroup, mpo: MpoConfig, tau: float, held: np.ndarray) -> list[Pair]:
-    """Pairs of one group from the configured source; samples with an error or without tokens take no part.
+def group_pairs(gated: Gated, mpo: MpoConfig, tau: float) -> list[Pair]:
+    """Pairs of one group from the configured source; samples that can't train take no part, and one that the gate holds
+    is never chosen.
 
     Args:
-        group: A scored group.
         mpo: Source and largest number of pairs.
-        tau: Smallest margin. Without meaning for ``dropout_ntp``, whose margin is ``nan``.
-        held: The group's gate; a withheld sample is never chosen.
+        tau: Smallest margin. Without meaning for ``dropout_ntp``, which has no margins.
 
     Returns:
         Places in :func:`members`.
@@ -66,15 +84,14 @@ def group_pairs(group: SampleGroup, mpo: MpoConfig, tau: float, held: np.ndarray
     Raises:
         DataError: if reward-model scores that are needed are not finite.
     """
-    valid = np.array([_usable(sample) for sample in group.samples], dtype=bool)
+    group, most, choosable = gated.group, mpo.pairs_per_prompt, ~gated.held
     if mpo.pairs is PairSource.dropout_ntp:
-        return _blind_pair(group, valid & ~held)
-    scores = np.array([_score(sample) for sample in group.samples])
+        return _blind_pair(group, gated.able & choosable)
     try:
         if mpo.pairs is PairSource.rule:
-            rules = np.array([np.nan if s.reward is None else s.reward.rule for s in group.samples])
-            return rule_pairs(rules, scores, valid, tau, mpo.pairs_per_prompt, ~held)
-        return reward_margin_pairs(scores, valid, tau, mpo.pairs_per_prompt, ~held)
+            scores = None if np.isnan(gated.scores[gated.able]).all() else gated.scores
+            return rule_pairs(gated.right, scores, gated.able, tau, most, choosable)
+        return reward_margin_pairs(gated.scores, gated.able, tau, most, choosable)
     except ValueError as error:
         raise DataError(f"prompt {group.prompt.id}: no preference pairs: {error}") from error
 
@@ -89,84 +106,47 @@ def _blind_pair(group: SampleGroup, choosable: np.ndarray) -> list[Pair]:
     if group.blind is None:
         return []
     chosen, rejected = group.blind
-    if not choosable[chosen] or np.array_equal(group.samples[chosen].token_ids, rejected.token_ids):
+    if not choosable[chosen] or not rejected.mask.any():
+        return []
+    if np.array_equal(group.samples[chosen].token_ids, rejected.token_ids):
         return []  # without the picture it said the same: nothing is to be preferred
-    return [(chosen, len(group.samples), np.nan)]
+    return [(chosen, len(group.samples), None)]
 
 
-def _usable(sample: Sample) -> bool:
-    return sample.error is None and sample.reward is not None and len(sample.token_ids) > 0
-
-
-def _score(sample: Sample) -> float:
-    return np.nan if sample.reward is None else sample.reward.model
-
-
-# ---------------------------------------------------------------- items
-
-
-def in_grpo(sample: Sample, held: bool, only: GrpoFilter) -> bool:
-    """True if the GRPO term sees the fresh sample."""
-    if sample.error is not None or sample.advantage == 0 or not reinforced(sample, held):
-        return False
-    return only is GrpoFilter.all or sample.effective
-
-
-def add_group(
-    items: list[TrainItem], pairs: list[PreferencePair], group: SampleGroup, trained: np.ndarray, found: list[Pair]
-) -> None:
-    """Append a fresh group's items, and its pairs as places in ``items``.
+def add_group(batch: TrainBatch, group: SampleGroup, trained: list[int], found: list[Pair]) -> None:
+    """Append a fresh group's items and pairs.
 
     Args:
-        items: The batch so far.
-        pairs: Its pairs so far.
+        batch: What there is so far.
         group: A scored group.
-        trained: bool [G]: the samples that the GRPO term sees. A pair member that it does not see gets weight 0.
-        found: The group's pairs, places in :func:`members`.
-
-    Raises:
-        DataError: if one of these samples has no tokens.
+        trained: Places of the samples that the GRPO term sees. A pair member that it does not see gets weight 0.
+        found: Its pairs, places in :func:`members`; in the batch they are places in ``batch.items``.
     """
     paired = {place for chosen, rejected, _ in found for place in (chosen, rejected)}
     at: dict[int, int] = {}
     for place, sample in enumerate(members(group)):
-        weight = 1.0 if place < len(trained) and trained[place] else 0.0
-        if weight == 0 and place not in paired:
-            continue
-        if len(sample.token_ids) == 0:
-            raise DataError(f"prompt {group.prompt.id}, sample {sample.index}: 0 answer tokens; allowed: 1 or more")
-        at[place] = len(items)
-        items.append(TrainItem(group.prompt, group.prompt_ids, sample, grpo_weight=weight))
-    pairs += [PreferencePair(at[chosen], at[rejected], margin) for chosen, rejected, margin in found]
+        if place in trained or place in paired:
+            at[place] = len(batch.items)
+            batch.items.append(TrainItem(group.prompt, group.prompt_ids, sample, 1.0 if place in trained else 0.0))
+    batch.pairs += [PreferencePair(at[chosen], at[rejected], margin) for chosen, rejected, margin in found]
 
 
-# ---------------------------------------------------------------- what thresholds learn from
-
-
-def margin_candidates(groups: list[SampleGroup], held: list[np.ndarray], mpo: MpoConfig) -> Candidates:
+def margin_candidates(gated: list[Gated], mpo: MpoConfig) -> list[Candidate]:
     """The first pair that each group would form without a threshold: its margin, labelled by its chosen answer.
 
-    Margins that are ``nan`` (no reward model, or ``dropout_ntp``) are compared with nothing and left out.
+    Pairs without a margin (no reward model, or ``dropout_ntp``) are compared with nothing and left out.
     """
-    one = replace(mpo, pairs_per_prompt=1)
-    rows: list[tuple[float, float]] = []
-    for group, gate in zip(groups, held, strict=True):
-        first = group_pairs(group, one, NO_THRESHOLD, gate)
-        rows += [(margin, _label(group, group.samples[chosen])) for chosen, _, margin in first]
-    return _candidates(rows)
+    one = mpo.model_copy(update={"pairs_per_prompt": 1})
+    firsts = [(each.group, *pair) for each in gated for pair in group_pairs(each, one, NO_THRESHOLD)]
+    return [Candidate(m, _bad(group, group.samples[chosen])) for group, chosen, _, m in firsts if m is not None]
 
 
-def gate_candidates(groups: list[SampleGroup]) -> Candidates:
-    """The answers that are right by the rule, with r_θ."""
-    return _candidates(
-        [(_score(sample), _label(group, sample)) for group in groups for sample in group.samples if is_right(sample)]
-    )
+def gate_candidates(gated: list[Gated]) -> list[Candidate]:
+    """The answers that are right by the rule, with r_θ where it is known."""
+    places = [(one, place) for one in gated for place in np.flatnonzero(one.right & ~np.isnan(one.scores)).tolist()]
+    return [Candidate(float(one.scores[p]), _bad(one.group, one.group.samples[p])) for one, p in places]
 
 
-def _label(group: SampleGroup, sample: Sample) -> float:
-    return float(sample.false_claims > 0) if group.checkable else np.nan
-
-
-def _candidates(rows: list[tuple[float, float]]) -> Candidates:
-    scored = np.array([row for row in rows if not np.isnan(row[0])], dtype=np.float64).reshape(-1, 2)
-    return Candidates(scored[:, 0], scored[:, 1])
+def _bad(group: SampleGroup, sample: Sample) -> bool | None:
+    """Whether it makes a false claim about its picture; ``None`` where no claim can be checked."""
+    return sample.false_claims > 0 if group.checkable else None

@@ -2,118 +2,109 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
-
-from skyrl.batch.assembly import (
-    add_group,
-    gate_candidates,
-    gate_of,
-    group_pairs,
-    in_grpo,
-    is_right,
-    let_through,
-    margin_candidates,
-)
+from skyrl.batch.assembly import Gated, add_group, check_fresh, gate_candidates, group_pairs, margin_candidates
 from skyrl.batch.offline import OfflinePairs
 from skyrl.batch.thresholds import Threshold
-from skyrl.interfaces import Metrics, flatten
-from skyrl.records import DataError, PreferencePair, SampleGroup, SkyrlError, TrainBatch, TrainItem
+from skyrl.records import DataError, Metrics, SampleGroup, SkyrlError, StepReport, TrainBatch, TrainItem, flatten
 from skyrl.replay.amount import replay_places, replay_weights
 from skyrl.replay.ssb import Drawn, SelectiveSampleBuffer
-from skyrl.settings import (
-    AlgorithmConfig,
-    BufferConfig,
-    DataConfig,
-    GrpoFilter,
-    PairSource,
-    RolloutConfig,
-    ThresholdKind,
-)
+from skyrl.rewards.metrics import refuse_all_failed, reward_metrics
+from skyrl.settings import Config, GrpoFilter, PairSource, ThresholdKind
+
+HEADER = b"skyrl sample buffer 2\n"
+"""Begins a saved state; those without it are of older versions."""
 
 
-class BufferService:
-    """Owns the Selective Sample Buffer, both reward thresholds and the offline pairs, and assembles the train batches
-    (``interfaces.SampleBuffer``)."""
+class Batcher:
+    """The role that owns the Selective Sample Buffer, both thresholds and the offline pairs, and makes the batches.
 
-    def __init__(
-        self,
-        cfg: BufferConfig,
-        algorithm: AlgorithmConfig,
-        seed: int,
-        data: DataConfig | None = None,
-        policy_folder: str | None = None,
-        rollout: RolloutConfig | None = None,
-    ) -> None:
-        """
-        Args:
-            cfg: the buffer's settings. Without ``enabled``, or with a GRPO weight of 0, nothing is kept or replayed.
-            algorithm: which terms are on at which step, the GRPO filter, the source of pairs, the thresholds.
-            seed: of the buffer's draws.
-            data: names the offline pairs, if there are any.
-            policy_folder: whose tokenizer encodes them.
-            rollout: the longest prompt and answer that they may have; ``None`` checks no length.
+    Args:
+        cfg: All settings. Without ``buffer.enabled`` nothing is kept or replayed.
+        policy_folder: Hugging Face folder whose tokenizer encodes offline pairs.
 
-        Raises:
-            ValueError: for a capacity, age or alpha outside the buffer's limits.
-            DataError: for offline pairs that are broken or too long.
-            SkyrlError: for offline pairs without a policy folder.
-        """
+    Raises:
+        DataError: for offline pairs that are broken or too long.
+    """
+
+    def __init__(self, cfg: Config, policy_folder: str) -> None:
         self.cfg = cfg
-        self.algorithm = algorithm
-        self.buffer = SelectiveSampleBuffer(cfg, seed)
-        self.margin = Threshold(algorithm.mpo.threshold, "algorithm.mpo.threshold")
-        self.gate = Threshold(algorithm.gate, "algorithm.gate")
+        self.buffer = SelectiveSampleBuffer(cfg.buffer, cfg.controller.seed)
+        self.margin = Threshold(cfg.algorithm.mpo.threshold, "algorithm.mpo.threshold")
+        self.gate = Threshold(cfg.algorithm.gate, "algorithm.gate")
         self.pairs: OfflinePairs | None = None
-        if data is not None and data.pairs_path is not None:
-            if policy_folder is None:
-                raise SkyrlError(f"data.pairs_path={data.pairs_path} needs the policy's folder: its tokenizer is used")
-            self.pairs = OfflinePairs(data, policy_folder, rollout)
+        if cfg.data.pairs_path is not None:
+            self.pairs = OfflinePairs(cfg.data, policy_folder, cfg.rollout, cfg.model.chat_template_kwargs)
+        self._pending: dict[tuple[int, int], list[SampleGroup]] = {}
 
-    def exchange(self, groups: list[SampleGroup], step: int, version: int) -> tuple[TrainBatch, Metrics]:
+    def ready(self) -> None:
+        """Returns once the member is up."""
+
+    def exchange(self, step: int, version: int, *parts: list[SampleGroup]) -> tuple[TrainBatch, StepReport]:
         """Draw replayed samples, keep the fresh effective ones, and assemble the batch of one step.
 
-        The draw comes first, so no sample is replayed in the step that sampled it; ``replay_places`` says how many are
-        drawn. In the batch the fresh samples come first, in order, then the replayed. The GRPO term sees a fresh
-        sample if the filter lets it pass, its hybrid advantage is not 0, and the gate does not withhold a positive
-        one. A pair member that it does not see has ``grpo_weight`` 0. A term whose weight is 0 at this step gets
-        nothing: no pairs, or neither GRPO items nor replay nor additions to the buffer. A batch without any item is
-        allowed; the learner has nothing to do then.
+        The draw comes first, so no sample is replayed in the step that it was asked for; ``replay_places`` says how
+        many are drawn. In the batch the fresh samples come first, in order, then the replayed. The GRPO term sees a
+        fresh sample if it can train, the filter lets it pass, its hybrid advantage is not 0, and the gate does not
+        withhold a positive one. A pair member that it does not see has ``grpo_weight`` 0. Without a weight of MPO at
+        this step no pairs are formed; without one of any other term there are neither GRPO items nor replay nor
+        additions to the buffer. A batch without any item is allowed; the learner has nothing to do then.
 
         Both thresholds are calibrated before they are used and look at this step's answers after that, at all of them:
         the τ of a step is decided by earlier steps only, so it can't fit itself to the answers that it judges.
 
         Args:
-            groups: scored groups of this step.
-            step: number of the step.
-            version: the current policy version.
+            step: number of the step, from 1.
+            version: weight updates that the learner has received.
+            parts: lists of scored groups, in the order of the prompts.
 
         Returns:
-            ``(batch, metrics)``. Shares need a fresh sample (``gate/withheld_share`` a right one) and
-            ``buffer/age_mean`` a drawn one; without, the key is absent.
+            The batch, and the report. A share or mean of nothing (no fresh, right or drawn sample) has no key.
 
         Raises:
-            DataError: if reward-model scores needed for pairs are not finite, a sample has no tokens, or a
+            SkyrlError: if no answer could be scored, or one is newer than ``version`` or older than the lag allows.
+            DataError: if an answer has no tokens, reward-model scores needed for pairs are not finite, or a
                 risk-controlled threshold never sees an answer that can be checked.
-            ValueError: if an effective advantage is not finite or a sample is newer than ``version``.
+            ValueError: if an effective advantage is not finite.
         """
+        groups = [group for part in parts for group in part]
+        refuse_all_failed(groups, f"step {step}")
+        check_fresh(groups, version, self.cfg.controller.lag)
+        grpo, mpo, weights = self.cfg.algorithm.grpo, self.cfg.algorithm.mpo, self.cfg.algorithm.weights(step)
+        with_pairs = weights["mpo"] > 0
+        with_samples = any(weight > 0 for name, weight in weights.items() if name != "mpo")
+        replays = with_samples and self.cfg.buffer.enabled
         self.margin.calibrate(step)
         self.gate.calibrate(step)
-        held = [gate_of(group, self.gate.value) for group in groups]
-        items, pairs = self._fresh(groups, held, step)
-        drawn, weights = self._replay(groups, held, step, version)
-        items += [
-            TrainItem(one.stored.prompt, one.stored.prompt_ids, one.sample, grpo_weight=weight, replayed=True)
-            for one, weight in zip(drawn, weights.tolist(), strict=True)
-        ]
-        lengths = [len(item.sample.token_ids) for item in items if item.grpo_weight != 0]
-        batch = TrainBatch(step, items, pairs, grpo_samples=len(lengths), grpo_tokens=sum(lengths))
-        self._observe(groups, held, step)
-        metrics = self._buffer_metrics(groups, held, batch, drawn, version)
-        return batch, metrics | self._threshold_metrics(groups, held, step)
+        gated = [Gated.at(group, self.gate.value) for group in groups]
+        batch = TrainBatch(step, version, weights, [], [], grpo_samples=0, grpo_tokens=0)
+        for one in gated:
+            trained = one.grpo(grpo.filter) if with_samples else []
+            add_group(batch, one.group, trained, group_pairs(one, mpo, self.margin.value) if with_pairs else [])
+        lags = [version - item.sample.policy_version for item in batch.items]
+        drawn = self._replay(batch, gated) if replays else []
+        tokens = [item.sample.trained_tokens for item in batch.items if item.grpo_weight != 0]
+        batch.grpo_samples, batch.grpo_tokens = len(tokens), sum(tokens)
+        if with_pairs:
+            self.margin.observe(margin_candidates(gated, mpo))
+        self.gate.observe(gate_candidates(gated))
 
-    def offline(self, step: int) -> tuple[TrainBatch, Metrics]:
+        metrics = reward_metrics(groups, self.cfg) | self._threshold_metrics(gated, with_pairs)
+        metrics |= self._shares(gated, batch, drawn)
+        if lags:
+            metrics |= {"batch/lag_mean": sum(lags) / len(lags), "batch/lag_max": float(max(lags))}
+        if replays:
+            stats = self.buffer.stats(version)
+            metrics |= {"buffer/prompts": stats["prompts"], "buffer/mass": stats["priority_mass"]}
+        lengths = [len(sample.token_ids) for sample in flatten(groups)]
+        return batch, StepReport(metrics, samples=len(lengths), tokens=sum(lengths))
+
+    def offline(self, step: int, version: int) -> tuple[TrainBatch, StepReport]:
         """The batch of one step of offline MPO: the next ``data.pairs_per_step`` pairs of ``data.pairs_path``.
 
         Raises:
@@ -122,106 +113,94 @@ class BufferService:
         """
         if self.pairs is None:
             raise SkyrlError("a step of offline MPO needs data.pairs_path: a Parquet file of pairs; got null")
-        batch = self.pairs.batch(step)
-        # Nothing is sampled; the controller counts throughput from these.
-        return batch, {"batch/items": float(len(batch.items)), "rollout_samples": 0.0, "rollout_tokens": 0.0}
+        batch = self.pairs.batch(step, version, self.cfg.algorithm.weights(step))
+        return batch, StepReport({"batch/items": float(len(batch.items))}, samples=0, tokens=0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The buffer with its random state, the thresholds, the position in the offline pairs; picklable."""
-        return {
+    def save(self, path: Path, counts: dict[int, int], *parts: list[SampleGroup]) -> None:
+        """Write everything that later batches depend on: the buffer with its random state, the thresholds, the position
+        in the offline pairs, and the scored groups of steps that were asked for ahead.
+
+        Args:
+            path: The file; it is there as a whole or not at all.
+            counts: Step asked for ahead → how many of ``parts`` are its groups, in the order of the steps.
+            parts: Lists of scored groups, so many in all.
+        """
+        places = [(step, place) for step, count in counts.items() for place in range(count)]
+        state = {
             "buffer": self.buffer.state_dict(),
-            "margin_threshold": self.margin.state_dict(),
+            "margin": self.margin.state_dict(),
             "gate": self.gate.state_dict(),
             "pairs": None if self.pairs is None else self.pairs.state_dict(),
+            "pending": dict(zip(places, parts, strict=True)),
         }
+        temporary = path.with_name(f"{path.name}.writing")
+        with temporary.open("wb") as file:
+            file.write(HEADER)
+            pickle.dump(state, file)
+        os.replace(temporary, path)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; see :meth:`SelectiveSampleBuffer.load_state_dict` for changed settings.
+    def load(self, path: Path) -> dict[int, int]:
+        """Take over a saved state; :meth:`SelectiveSampleBuffer.load_state_dict` says what changed settings do.
+
+        Returns:
+            The ``counts`` that it was saved with: :meth:`pending` has those groups.
 
         Raises:
-            DataError: if a part is missing, as in checkpoints of older versions, or if the state is that of a run with
-                offline pairs and this is one without, or the other way round.
+            DataError: if an older version of skyrl wrote it, or if the state is that of a run with offline pairs and
+                this is one without, or the other way round.
         """
-        missing = {"buffer", "margin_threshold", "gate", "pairs"} - state.keys()
-        if missing:
-            raise DataError(
-                f"the saved sample buffer lacks {', '.join(sorted(missing))}: the checkpoint is of an older version; "
-                "start a new run from its exported policy"
-            )
+        with path.open("rb") as file:
+            if file.read(len(HEADER)) != HEADER:
+                raise DataError(
+                    f"{path} is no state of this version's sample buffer: checkpoints of older versions can't be "
+                    "loaded; start a new run from the policy that the old one exported"
+                )
+            state = pickle.load(file)
         if (state["pairs"] is None) != (self.pairs is None):
             had, has = ("without", "with") if state["pairs"] is None else ("with", "without")
             raise DataError(f"the checkpoint is of a run {had} data.pairs_path, this run is one {has} it")
         self.buffer.load_state_dict(state["buffer"])
-        self.margin.load_state_dict(state["margin_threshold"])
+        self.margin.load_state_dict(state["margin"])
         self.gate.load_state_dict(state["gate"])
         if self.pairs is not None:
             self.pairs.load_state_dict(state["pairs"])
+        self._pending = state["pending"]
+        return dict(Counter(step for step, _ in self._pending))
 
-    # ------------------------------------------------------------ inside
+    def pending(self, step: int, place: int) -> list[SampleGroup]:
+        """Hand out, once, the part number ``place`` of a step that was asked for ahead when the loaded state was saved.
 
-    def _terms(self, step: int) -> tuple[bool, bool]:
-        """Whether GRPO and MPO are trained at a step."""
-        grpo, mpo = self.algorithm.weights(step)
-        return grpo > 0, mpo > 0
+        Raises:
+            SkyrlError: if there is none, or it was handed out already.
+        """
+        if (step, place) not in self._pending:
+            raise SkyrlError(f"no saved part {place} of step {step}; there are {sorted(self._pending)}")
+        return self._pending.pop((step, place))
 
-    def _fresh(
-        self, groups: list[SampleGroup], held: list[np.ndarray], step: int
-    ) -> tuple[list[TrainItem], list[PreferencePair]]:
-        with_grpo, with_mpo = self._terms(step)
-        only, mpo = self.algorithm.grpo.filter, self.algorithm.mpo
-        items: list[TrainItem] = []
-        pairs: list[PreferencePair] = []
-        for group, gate in zip(groups, held, strict=True):
-            trained = [with_grpo and in_grpo(s, bool(no), only) for s, no in zip(group.samples, gate, strict=True)]
-            found = group_pairs(group, mpo, self.margin.value, gate) if with_mpo else []
-            add_group(items, pairs, group, np.array(trained, dtype=bool), found)
-        return items, pairs
+    def _replay(self, batch: TrainBatch, gated: list[Gated]) -> list[Drawn]:
+        """Append drawn samples with their GRPO weights; afterwards the fresh ones are in the buffer too."""
+        cfg, only = self.cfg.buffer, self.cfg.algorithm.grpo.filter
+        fresh = sum(len(one.group.samples) for one in gated)
+        # Fresh samples take a place if they are effective, or with filter=all if they train.
+        taken = _effective(gated) if only is GrpoFilter.effective else sum(len(one.grpo(only)) for one in gated)
+        drawn = self.buffer.draw(replay_places(fresh, taken, cfg), batch.version)
+        for one, weight in zip(drawn, replay_weights(drawn, len(self.buffer), cfg).tolist(), strict=True):
+            batch.items.append(TrainItem(one.prompt, one.prompt_ids, one.sample, weight))
+        self.buffer.add([replace(one.group, samples=one.passed()) for one in gated], batch.version)
+        return drawn
 
-    def _replay(
-        self, groups: list[SampleGroup], held: list[np.ndarray], step: int, version: int
-    ) -> tuple[list[Drawn], np.ndarray]:
-        """Drawn samples and their GRPO weights; afterwards the fresh ones are in the buffer too."""
-        if not (self.cfg.enabled and self._terms(step)[0]):
-            return [], np.zeros(0)
-        places = replay_places(len(flatten(groups)), self._taken(groups, held), self.cfg)
-        drawn = self.buffer.draw(places, version)
-        weights = replay_weights(drawn, len(self.buffer), self.cfg)
-        self.buffer.add(let_through(groups, held), version)
-        return drawn, weights
-
-    def _taken(self, groups: list[SampleGroup], held: list[np.ndarray]) -> int:
-        """Places of the batch that fresh samples take: the effective ones, or with ``filter=all`` all that train."""
-        only = self.algorithm.grpo.filter
-        if only is GrpoFilter.effective:
-            return _effective(groups, held)
-        return sum(
-            in_grpo(sample, bool(no), only)
-            for group, gate in zip(groups, held, strict=True)
-            for sample, no in zip(group.samples, gate, strict=True)
-        )
-
-    def _observe(self, groups: list[SampleGroup], held: list[np.ndarray], step: int) -> None:
-        if self._terms(step)[1]:
-            margins = margin_candidates(groups, held, self.algorithm.mpo)
-            self.margin.observe(margins.scores, margins.bad)
-        right = gate_candidates(groups)
-        self.gate.observe(right.scores, right.bad)
-
-    def _threshold_metrics(self, groups: list[SampleGroup], held: list[np.ndarray], step: int) -> Metrics:
+    def _threshold_metrics(self, gated: list[Gated], with_pairs: bool) -> Metrics:
         metrics: Metrics = {}
-        if self._terms(step)[1] and self.algorithm.mpo.pairs is not PairSource.dropout_ntp:
+        if with_pairs and self.cfg.algorithm.mpo.pairs is not PairSource.dropout_ntp:
             metrics |= self.margin.metrics("threshold/")
-        if self.algorithm.gate.kind is not ThresholdKind.off:
+        if self.cfg.algorithm.gate.kind is not ThresholdKind.off:
             metrics |= self.gate.metrics("gate/")
-            right = sum(is_right(sample) for sample in flatten(groups))
-            if right:
-                metrics["gate/withheld_share"] = sum(int(gate.sum()) for gate in held) / right
+            if right := sum(int(one.right.sum()) for one in gated):
+                metrics["gate/withheld_share"] = sum(int(one.held.sum()) for one in gated) / right
         return metrics
 
-    def _buffer_metrics(
-        self, groups: list[SampleGroup], held: list[np.ndarray], batch: TrainBatch, drawn: list[Drawn], version: int
-    ) -> Metrics:
-        fresh = flatten(groups)
+    def _shares(self, gated: list[Gated], batch: TrainBatch, drawn: list[Drawn]) -> Metrics:
+        fresh = flatten(one.group for one in gated)
         metrics: Metrics = {
             "buffer/size": float(len(self.buffer)),
             "buffer/replayed": float(len(drawn)),
@@ -229,17 +208,14 @@ class BufferService:
         }
         if fresh:
             metrics["buffer/effective_share_fresh"] = sum(sample.effective for sample in fresh) / len(fresh)
-            metrics["buffer/effective_share"] = (_effective(groups, held) + len(drawn)) / len(fresh)
-            metrics["buffer/pairs_share"] = len(batch.pairs) / len(groups)
-        if self.cfg.enabled and self._terms(batch.step)[0]:
-            stats = self.buffer.stats(version)
-            metrics |= {"buffer/prompts": stats["prompts"], "buffer/mass": stats["priority_mass"]}
+            metrics["buffer/effective_share"] = (_effective(gated) + len(drawn)) / len(fresh)
+            metrics["buffer/pairs_share"] = len(batch.pairs) / len(gated)
         if drawn:
-            ages = [version - one.sample.policy_version for one in drawn]
+            ages = [batch.version - one.sample.policy_version for one in drawn]
             metrics |= {"buffer/age_mean": sum(ages) / len(ages), "buffer/age_max": float(max(ages))}
         return metrics
 
 
-def _effective(groups: list[SampleGroup], held: list[np.ndarray]) -> int:
+def _effective(gated: list[Gated]) -> int:
     """Fresh samples that carry a signal of the rule reward and are not withheld."""
-    return sum(sample.effective for group in let_through(groups, held) for sample in group.samples)
+    return sum(sample.effective for one in gated for sample in one.passed())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from skyrl.data.preference_pairs import ParquetPairs, answer_ids
+from skyrl.data.preference_pairs import ParquetPairs
 from skyrl.data.stream import PromptStream
 from skyrl.records import DataError, PreferencePair, Prompt, Sample, TrainBatch, TrainItem
 from skyrl.settings import DataConfig, RolloutConfig
@@ -22,12 +20,19 @@ class OfflinePairs:
         policy_folder: Hugging Face folder whose tokenizer and processor encode them.
         rollout: Its ``max_prompt_tokens`` and ``max_new_tokens`` are the longest prompt and answer; ``None`` checks no
             length.
+        chat_template_kwargs: ``model.chat_template_kwargs``.
 
     Raises:
         DataError: for a broken file, naming row and column, a text that is too long, or fewer pairs than a step takes.
     """
 
-    def __init__(self, data: DataConfig, policy_folder: str, rollout: RolloutConfig | None) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        policy_folder: str,
+        rollout: RolloutConfig | None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         # torch and transformers, which the buffer needs for nothing else.
         from skyrl.policy.encode import PromptEncoder
 
@@ -39,15 +44,16 @@ class OfflinePairs:
                 f"train some of them twice; lower it to {len(self.pairs)} or less"
             )
         self.stream = PromptStream(len(self.pairs), data.seed)
-        self.encoder = PromptEncoder.from_pretrained(policy_folder)
+        self.encoder = PromptEncoder.from_pretrained(policy_folder, chat_template_kwargs)
         self.max_prompt_tokens = None if rollout is None else rollout.max_prompt_tokens
         self.pairs.check_tokens(
             self.encoder, self.max_prompt_tokens, None if rollout is None else rollout.max_new_tokens
         )
 
-    def batch(self, step: int) -> TrainBatch:
-        """The next pairs. Items come in the order of the pairs, chosen before rejected; none is in the GRPO term, and
-        their log-probabilities are ``nan``, because nobody sampled them.
+    def batch(self, step: int, version: int, weights: dict[str, float]) -> TrainBatch:
+        """The next pairs, for a learner with ``version`` weight updates and the terms' ``weights`` of this step. Items
+        come in the order of the pairs, chosen before rejected; none is in the GRPO term. Nobody sampled them: their
+        log-probabilities are ``None``, and they have the learner's own version.
 
         Raises:
             DataError: if a picture can't be decoded, or a prompt with its pictures is too long.
@@ -56,16 +62,13 @@ class OfflinePairs:
         pairs: list[PreferencePair] = []
         for row in self.stream.take(self.per_step):
             pair = self.pairs[row]
-            # Caches go by id, and a prompt of the data sets may have the same one with other pictures.
-            prompt = replace(pair.prompt, id=f"{pair.prompt.id}#pair")
-            prompt_ids = self._prompt_ids(prompt)
+            prompt_ids = self._prompt_ids(pair.prompt)
             pairs.append(PreferencePair(len(items), len(items) + 1, pair.margin))
             texts = [pair.chosen, pair.rejected]
-            for index, (text, ids) in enumerate(zip(texts, answer_ids(self.encoder, texts), strict=True)):
-                nobodys = np.full(len(ids), math.nan, dtype=np.float32)
-                sample = Sample(index, ids, nobodys, text, truncated=False, policy_version=0)
-                items.append(TrainItem(prompt, prompt_ids, sample, grpo_weight=0.0))
-        return TrainBatch(step, items, pairs, grpo_samples=0, grpo_tokens=0)
+            for index, (text, ids) in enumerate(zip(texts, self.encoder.answer_ids(texts), strict=True)):
+                sample = Sample(index, ids, None, text, truncated=False, policy_version=version)
+                items.append(TrainItem(pair.prompt, prompt_ids, sample, grpo_weight=0.0))
+        return TrainBatch(step, version, weights, items, pairs, grpo_samples=0, grpo_tokens=0)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the file; picklable."""

@@ -1,40 +1,31 @@
-"""Where actors run: their Ray options, their threads, and the GPUs that two of them share."""
+"""Where members run: what they reserve, their threads, and the GPUs that two of them share."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import ray
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from skyrl.crew.crew import MemberSpec
 from skyrl.records import ConfigError, SkyrlError
 from skyrl.settings import Config, WeightSync
 
 BUFFER_CPUS = 0.1
-COMMON_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore",
-    # Threads that spin long while they wait made a learner step up to seven times slower beside one other busy
-    # process; threads that sleep at once lose time on an idle machine. So: spin for some microseconds only.
-    "GOMP_SPINCOUNT": "20000",
-    # Keep freed memory: activations of every step would else be mapped and zeroed by the kernel again.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}
+R = TypeVar("R")
 
 
 class Placement:
-    """Ray options of a run's actors.
+    """What a run's members reserve.
 
     With ``rollout.weight_sync=ipc`` rollout worker i and learner rank i share one GPU: CUDA hands memory from process
     to process on one device only.
 
     Args:
         cfg: The whole configuration.
-        nodes: What ``ray.nodes()`` says of those alive.
+        nodes: What ``ray.nodes()`` says of those alive; without Ray, one with this machine's cores.
         with_learner: False if only rollout and reward workers start.
     """
 
@@ -75,17 +66,18 @@ class Placement:
         per_node = math.ceil(workers / self.nodes) if self.spread else workers
         return wanted or max(1, self.cores // per_node)
 
-    def actor(
+    def spec(
         self,
-        cls: type,
         name: str,
+        role: Callable[..., R],
+        args: tuple[Any, ...],
         cpus: float,
         env: dict[str, str],
         gpus: float = 0,
         restarts: int = 0,
         shared: int | None = None,
-    ) -> Any:
-        """``cls`` as a named Ray actor class.
+    ) -> MemberSpec[R]:
+        """How and where a member is built.
 
         Args:
             shared: Number of the shared GPU that it gets half of, where GPUs are shared.
@@ -93,15 +85,7 @@ class Placement:
         strategy: Any = "SPREAD" if self.spread else "DEFAULT"
         if self._group is not None and shared is not None:
             strategy, gpus = PlacementGroupSchedulingStrategy(self._group, shared), 0.5
-        return ray.remote(cls).options(
-            name=name,
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=restarts,
-            max_task_retries=restarts,
-            scheduling_strategy=strategy,
-            runtime_env={"env_vars": COMMON_ENVIRONMENT | env},
-        )
+        return MemberSpec(name, role, args, cpus, gpus, env, restarts, strategy)
 
 
 def check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool) -> None:

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
-from skyrl.data.parquet import ParquetPrompts
-from skyrl.digits.scenes import DigitScenes
-from skyrl.interfaces import PromptDataset
-from skyrl.records import DataError
-from skyrl.settings import DataConfig
+from skyrl.records import DataError, Prompt
+from skyrl.settings import Config
+
+SOURCES = {"digits": "skyrl.digits.source:datasets", "parquet": "skyrl.data.parquet:datasets"}
+"""``data.source`` → the function that makes its data sets. Imported when it is asked for."""
 
 
-def build_datasets(cfg: DataConfig) -> dict[str, PromptDataset]:
-    """Training and evaluation prompts: ``{"train": …, "eval": …}``.
+class PromptDataset(Protocol):
+    """Random access to prompts; a list of them is one. Every rollout worker holds one, so that requests are row
+    numbers. Used where a data set has them: ``ids()``, the ids of all rows in order; ``verifiers()``, the different
+    verifiers that its rows name; ``identity()``, what else decides which prompt a row is, as a JSON object.
+    """
 
-    ``digits`` makes ``train_size`` and ``eval_size`` scenes. ``parquet`` reads all of ``train_path`` and the first
-    ``eval_size`` rows of ``eval_path``. Cheap enough for every worker to call: no picture is decoded here.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Prompt: ...
+
+
+def build_datasets(cfg: Config) -> dict[str, PromptDataset]:
+    """Training and evaluation prompts, ``{"train": …, "eval": …}``, by the function of ``data.source``: one of
+    :data:`SOURCES`, or ``package.module:function`` of your own that takes the :class:`Config` and returns such a
+    dictionary. Ids must differ over both. Cheap enough for every worker to call: no picture is decoded here.
 
     Raises:
-        DataError: for an unknown source, a missing path, a broken file, or an id that is in both splits.
+        DataError: for a source that can't be imported or returns anything else, and whatever it says itself.
     """
-    if cfg.source == "digits":
-        return {
-            "train": DigitScenes("train", cfg.train_size, cfg.text_share, cfg.seed, cfg.kinds),
-            "eval": DigitScenes("eval", cfg.eval_size, cfg.text_share, cfg.seed, cfg.kinds),
-        }
-    if cfg.source != "parquet":
-        raise DataError(f"data.source={cfg.source}: allowed are digits and parquet")
-    for key in ("train_path", "eval_path"):
-        if getattr(cfg, key) is None:
-            raise DataError(f"data.source=parquet needs data.{key}: a parquet file; got null")
-    train_path, eval_path = Path(str(cfg.train_path)), Path(str(cfg.eval_path))
-    train, held_out = ParquetPrompts(train_path), ParquetPrompts(eval_path, limit=cfg.eval_size)
-    # Caches and seeds go by id, so one id may not mean two prompts. The same file twice is allowed: it is how one
-    # checks that a model can learn its data by heart.
-    if train_path.resolve() != eval_path.resolve():
-        shared = sorted(set(train.ids()) & set(held_out.ids()))
-        if shared:
-            raise DataError(
-                f"{len(shared)} id(s) stand both in {train_path} and in {eval_path}, first {shared[0]!r}; allowed: ids "
-                "that are unique over both (without an id column the file's name is part of it: rename one file)"
-            )
-    return {"train": train, "eval": held_out}
+    source = SOURCES.get(cfg.data.source, cfg.data.source)
+    try:
+        if ":" not in source:
+            raise ValueError(f"no source has the name {source!r}")
+        make = resolve_name(source)
+    except (ImportError, AttributeError, ValueError) as error:
+        allowed = f"{', '.join(SOURCES)}, or package.module:function"
+        raise DataError(f"data.source={cfg.data.source}: {error}; allowed: {allowed}") from error
+    datasets: Any = make(cfg)
+    made = {k: len(v) for k, v in datasets.items()} if isinstance(datasets, dict) else type(datasets).__name__
+    if not isinstance(made, dict) or made.keys() != {"train", "eval"} or not all(made.values()):
+        raise DataError(f"data.source={cfg.data.source} made {made}; allowed: prompts for train and for eval")
+    return datasets
+
+
+def verifier_names(datasets: Iterable[PromptDataset]) -> list[str]:
+    """The different verifiers that data sets name, where they can say so without making each prompt."""
+    return sorted({name for dataset in datasets for name in getattr(dataset, "verifiers", list)()})

@@ -1,4 +1,4 @@
-"""Your own prompts, from a Parquet file; ``docs/data.md`` has an example.
+"""Your own prompts, from a Parquet file; ``docs/data.md`` has the columns and an example.
 
 Text is checked completely when the file is opened, pictures are decoded when their row is asked for. Check those too,
 before a long run, with::
@@ -10,52 +10,64 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from skyrl.data.datasets import PromptDataset
 from skyrl.data.parquet_schema import COLUMNS, MAY_BE_NULL, REQUIRED, SELF_CHECKED, json_object
 from skyrl.data.parquet_table import ParquetTable, check_files, write_rows
 from skyrl.data.pictures import encode_png
 from skyrl.records import DataError, Prompt
 from skyrl.rewards.claims import check_claims
 from skyrl.rewards.verifiers import get_verifier, verifier_reference
+from skyrl.settings import Config
+
+
+def datasets(cfg: Config) -> dict[str, PromptDataset]:
+    """``data.source=parquet``: all of ``data.train_path``, the first ``data.eval_size`` rows of ``data.eval_path``.
+
+    Raises:
+        DataError: for a missing path, a broken file, or an id that is in both splits.
+    """
+    files: list[ParquetPrompts] = []
+    for key, limit in (("train_path", None), ("eval_path", cfg.data.eval_size)):
+        if (path := getattr(cfg.data, key)) is None:
+            raise DataError(f"data.source=parquet needs data.{key}: a parquet file; got null")
+        files.append(ParquetPrompts(path, limit, cfg.reward.verifiers))
+    train, held_out = files
+    shared = sorted(set(train.ids()) & set(held_out.ids()))
+    # Caches and seeds go by id, so one id may not mean two prompts. The same file twice is allowed: it is how one
+    # checks that a model can learn its data by heart.
+    if shared and train.path.resolve() != held_out.path.resolve():
+        raise DataError(
+            f"{len(shared)} id(s) stand both in {train.path} and in {held_out.path}, first {shared[0]!r}; allowed: ids "
+            "that are unique over both (without an id column the file's name is part of it: rename one file)"
+        )
+    return {"train": train, "eval": held_out}
 
 
 class ParquetPrompts:
-    """Implements :class:`skyrl.interfaces.PromptDataset` for one Parquet file. Other columns are ignored.
-
-    ======== ======================================== ==========================================================
-    column   type                                     meaning
-    ======== ======================================== ==========================================================
-    id       string, optional                         unique; default ``<file name without ending>/<row>``
-    question string                                   the user's message without picture placeholders
-    answer   string                                   the truth that the verifier compares with
-    verifier string                                   ``exact``, ``numeric``, ``math``, ``choice``, or
-                                                      ``package.module:function``
-    images   list of binary or of string, optional    PNG or JPEG files, or paths relative to the Parquet file
-    kind     string, optional                         family of the question, default ``default``
-    facts    string, optional                         JSON object of what is true of the pictures, default ``{}``
-    ======== ======================================== ==========================================================
+    """Random access to the prompts of one Parquet file. It reads :data:`COLUMNS` and ignores others.
 
     Args:
         path: The file.
         limit: Use the first ``limit`` rows only.
+        verifiers: ``reward.verifiers`` of the settings: names that rows may give besides the built-in ones.
 
     Raises:
-        DataError: naming file, row and column, for a missing or unreadable file, missing columns, wrong types, nulls
-            or empty texts, an id that comes twice, an unknown verifier, a truth that ``exact``, ``numeric`` or
-            ``choice`` can't read, a kind with a slash, facts that are no JSON object or that
-            their checker refuses, or a picture path without a file.
+        DataError: naming file, row and column, as :class:`ParquetTable`, and for an unknown verifier, a truth that
+            ``exact``, ``numeric`` or ``choice`` can't read, a kind with a slash, and facts that are no JSON object or
+            that their checker refuses.
     """
 
-    def __init__(self, path: str | Path, limit: int | None = None) -> None:
-        self.path, self.limit = Path(path), limit
-        self.table = ParquetTable(self.path, COLUMNS, REQUIRED, MAY_BE_NULL, limit)
-        self.table.each("verifier", lambda row, name: verifier_reference(name), unique=True)
-        self.table.each("kind", _check_kind, unique=True)
-        self.table.each("facts", lambda row, text: check_claims("", json_object(text)))
-        self.table.each("answer", self._check_truth)
+    def __init__(self, path: str | Path, limit: int | None = None, verifiers: Mapping[str, str] | None = None) -> None:
+        self.path, self.limit, self._verifiers = Path(path), limit, verifiers
+        self.table = table = ParquetTable(self.path, COLUMNS, REQUIRED, MAY_BE_NULL, limit)
+        table.each("verifier", lambda _, name: verifier_reference(name, verifiers))
+        table.each("kind", _check_kind)
+        table.each("facts", lambda _, text: check_claims("", json_object(text)))
+        table.each("answer", self._check_truth)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,20 +80,13 @@ class ParquetPrompts:
         """
         table = self.table
         table.require(row)
-        facts = table.value("facts", row)
-        return Prompt(
-            id=table.id(row),
-            question=table.value("question", row),
-            images=tuple(table.pictures(row)),
-            answer=table.value("answer", row),
-            verifier=table.value("verifier", row),
-            kind=table.value("kind", row) or "default",
-            facts=json.loads(facts) if facts else {},
-        )
+        question, answer, verifier = (table.value(name, row) for name in REQUIRED)
+        kind, facts = table.value("kind", row) or "default", json.loads(table.value("facts", row) or "{}")
+        return Prompt(table.id(row), question, tuple(table.pictures(row)), answer, verifier, kind, facts)
 
-    def __reduce__(self) -> tuple[type[ParquetPrompts], tuple[Path, int | None]]:
+    def __reduce__(self) -> tuple[type[ParquetPrompts], tuple[Any, ...]]:
         # A memory map can't travel to another process; the path can.
-        return ParquetPrompts, (self.path, self.limit)
+        return ParquetPrompts, (self.path, self.limit, self._verifiers)
 
     def ids(self) -> list[str]:
         """The ids of all rows, in order."""
@@ -118,15 +123,9 @@ def _as_row(prompt: Prompt) -> dict[str, Any]:
         facts = json.dumps(dict(prompt.facts), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"prompt {prompt.id!r}: facts can't be written as JSON: {error}") from error
-    return {
-        "id": prompt.id,
-        "question": prompt.question,
-        "answer": prompt.answer,
-        "verifier": prompt.verifier,
-        "kind": prompt.kind,
-        "facts": facts,
-        "images": [encode_png(picture, f"prompt {prompt.id!r}") for picture in prompt.images],
-    }
+    texts = {name: getattr(prompt, name) for name in ("id", *REQUIRED, "kind")}
+    images = [encode_png(picture, f"prompt {prompt.id!r}") for picture in prompt.images]
+    return texts | {"facts": facts, "images": images}
 
 
 def _describe(file: str) -> str:

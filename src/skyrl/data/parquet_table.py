@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from skyrl.data.parquet_schema import NUMBER, PICTURES, TEXT, check_schema, is_empty, is_text, plain, short, where
+from skyrl.data.parquet_schema import WRITTEN, check_schema, is_empty, is_text, plain, short, where
 from skyrl.data.pictures import decode_picture
 from skyrl.records import DataError
 
@@ -23,8 +23,8 @@ ROWS_PER_GROUP = 64
 """Rows that :func:`write_rows` puts into one row group, the smallest part that can be read."""
 CACHED_BYTES = 256 * 2**20
 """Row groups with pictures that one table keeps in memory, at least one."""
-TYPES = {TEXT: pa.string(), NUMBER: pa.float64(), PICTURES: pa.list_(pa.binary())}
-"""What :func:`write_rows` writes."""
+Names = Sequence[str]
+Rows = Iterable[dict[str, Any]]
 
 
 class ParquetTable:
@@ -32,10 +32,10 @@ class ParquetTable:
 
     Args:
         path: The file.
-        columns: Name of each known column → ``TEXT``, ``NUMBER`` or ``PICTURES`` (that one is called ``images``).
-            Other columns are ignored.
+        columns: Name of each known column → ``TEXT``, ``WHOLE``, ``NUMBER`` or ``PICTURES`` (that one is called
+            ``images``). Other columns are ignored.
         required: Columns that must be there.
-        may_be_null: Columns that may be empty in a row; all others must be texts.
+        may_be_null: Columns that may be empty in a row.
         limit: Use the first ``limit`` rows only.
 
     Raises:
@@ -44,17 +44,13 @@ class ParquetTable:
     """
 
     def __init__(
-        self,
-        path: Path,
-        columns: Mapping[str, str],
-        required: Sequence[str],
-        may_be_null: Sequence[str],
-        limit: int | None = None,
+        self, path: Path, columns: Mapping[str, str], required: Names, may_be_null: Names, limit: int | None = None
     ) -> None:
         self.path = path
         try:
             self._file = pq.ParquetFile(self.path, memory_map=True)
             schema = self._file.schema_arrow
+            self.metadata: dict[bytes, bytes] = schema.metadata or {}
             check_schema(self.path, schema, columns, required, may_be_null)
             names = [name for name in columns if name in schema.names and not is_empty(schema.field(name).type)]
             self._has_pictures = "images" in names
@@ -75,18 +71,13 @@ class ParquetTable:
         return self._table.num_rows
 
     def require(self, row: int) -> None:
-        """
-        Raises:
-            DataError: if there is no such row.
-        """
+        """Raise :class:`DataError` if there is no such row."""
         if not 0 <= row < len(self):
             raise DataError(f"{self.path}: row {row} does not exist; it has {len(self)} rows")
 
     def ids(self) -> list[str]:
         """The ids of all rows, in order."""
-        if "id" in self._table.column_names:
-            return self._table.column("id").to_pylist()
-        return [self.id(row) for row in range(len(self))]
+        return self.column("id") if "id" in self._table.column_names else [self.id(row) for row in range(len(self))]
 
     def id(self, row: int) -> str:
         """The row's own id, or ``<file name without ending>/<row>``."""
@@ -115,14 +106,11 @@ class ParquetTable:
             at = f"{where(self.path, row, 'images')}, picture {place}"
             if one is None:
                 raise DataError(f"{at}: got null; allowed: a picture, or a null instead of the whole list")
-            if not self._paths:
-                yield decode_picture(one, at)
-                continue
             try:
-                content = (self.path.parent / one).read_bytes()
+                content = (self.path.parent / one).read_bytes() if self._paths else one
             except OSError as error:
                 raise DataError(f"{at}: {error}") from error
-            yield decode_picture(content, f"{at} ({one})")
+            yield decode_picture(content, f"{at} ({one})" if self._paths else at)
 
     def _stored_pictures(self, row: int) -> list[bytes] | None:
         group = int(np.searchsorted(self._group_ends, row, side="right"))
@@ -140,18 +128,12 @@ class ParquetTable:
 
     # ------------------------------------------------------------ checks
 
-    def each(self, column: str, check: Callable[[int, Any], object], unique: bool = False) -> None:
+    def each(self, column: str, check: Callable[[int, Any], object]) -> None:
         """Call ``check(row, value)`` for each value that isn't null, and name the row if it raises."""
-        if column not in self._table.column_names:
-            return
-        seen = set()
-        for row, value in enumerate(self.column(column)):
-            if value is None or (unique and value in seen):
-                continue
-            if unique:
-                seen.add(value)
+        for row, value in enumerate(self.column(column) if column in self._table.column_names else ()):
             try:
-                check(row, value)
+                if value is not None:
+                    check(row, value)
             except DataError as error:
                 raise DataError(f"{where(self.path, row, column)}: {error}") from error
 
@@ -160,10 +142,17 @@ class ParquetTable:
             raise DataError(f"{self.path}: got 0 rows; allowed: 1 or more")
         for name in needed:
             column = self._table.column(name)
-            self._refuse(name, pc.is_null(column), "a text")
-            self._refuse(name, pc.equal(pc.utf8_trim_whitespace(column), ""), "a text that isn't empty")
+            text = pa.types.is_large_string(column.type)
+            self._refuse(name, pc.is_null(column), "a text" if text else "a number")
+            if text:
+                self._refuse(name, pc.equal(pc.utf8_trim_whitespace(column), ""), "a text that isn't empty")
         if "id" in self._table.column_names:
-            self._check_ids()
+            first: dict[str, int] = {}
+            for row, name in enumerate(self.ids()):
+                if first.setdefault(name, row) != row:
+                    at = where(self.path, row, "id")
+                    also = f"which is also that of row {first[name]}"
+                    raise DataError(f"{at}: got {short(name)}, {also}; allowed: unique ids")
         if self._paths:
             self.each("images", self._check_paths)
 
@@ -174,15 +163,6 @@ class ParquetTable:
             more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
             raise DataError(f"{where(self.path, int(rows[0]), column)}: got {short(got)}; allowed: {allowed}{more}")
 
-    def _check_ids(self) -> None:
-        first: dict[str, int] = {}
-        for row, name in enumerate(self.ids()):
-            if first.setdefault(name, row) != row:
-                at = where(self.path, row, "id")
-                raise DataError(
-                    f"{at}: got {short(name)}, which is also that of row {first[name]}; allowed: unique ids"
-                )
-
     def _check_paths(self, row: int, paths: list[str | None]) -> None:
         for place, path in enumerate(paths):
             if path is None:
@@ -192,19 +172,18 @@ class ParquetTable:
 
 
 def write_rows(
-    path: str | Path, columns: Mapping[str, str], rows: Iterable[dict[str, Any]], repeated: Sequence[str]
+    path: str | Path,
+    columns: Mapping[str, str],
+    rows: Rows,
+    repeated: Names,
+    metadata: Mapping[bytes, str] | None = None,
 ) -> None:
-    """Write rows as :class:`ParquetTable` reads them. The file appears when it is complete; only 64 rows are held in
-    memory at a time.
-
-    Args:
-        path: The file.
-        columns: As in :class:`ParquetTable`; pictures are PNG or JPEG files as bytes.
-        rows: Column → cell.
-        repeated: Text columns whose cells are often the same.
+    """Write rows (column → cell; pictures are PNG or JPEG files as bytes) as :class:`ParquetTable` reads them, with
+    ``metadata``. The file appears when it is complete; only 64 rows are held in memory at a time. Cells of the text
+    columns ``repeated`` are often the same.
     """
     path = Path(path)
-    schema = pa.schema([(name, TYPES[kind]) for name, kind in columns.items()])
+    schema = pa.schema([(name, WRITTEN[kind]) for name, kind in columns.items()], metadata)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         # Pictures are compressed already, and plain columns can be read straight from the memory map.
@@ -218,11 +197,7 @@ def write_rows(
 
 
 def check_files(files: list[str], module: str, check: Callable[[str], str]) -> int:
-    """Check whole files from the command line, and print what ``check(file)`` returns.
-
-    Returns:
-        The exit status: 1 if a file is broken, 2 without files.
-    """
+    """Print what ``check(file)`` says of each file; the exit status is 1 if one is broken, 2 without files."""
     if not files:
         print(f"usage: python -m {module} FILE…", file=sys.stderr)
         return 2

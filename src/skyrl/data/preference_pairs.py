@@ -1,4 +1,4 @@
-"""Your own preference pairs, from a Parquet file, for offline MPO; ``docs/data.md`` has an example.
+"""Your own preference pairs, from a Parquet file, for offline MPO; ``docs/data.md`` has the columns and an example.
 
 Text is checked completely when the file is opened, pictures are decoded when their row is asked for. Check those too,
 before a long run, with::
@@ -25,15 +25,8 @@ from skyrl.records import DataError, Prompt
 if TYPE_CHECKING:
     from skyrl.policy.encode import PromptEncoder
 
-PAIR_COLUMNS = {
-    "id": TEXT,
-    "question": TEXT,
-    "chosen": TEXT,
-    "rejected": TEXT,
-    "kind": TEXT,
-    "margin": NUMBER,
-    "images": PICTURES,
-}
+PAIR_COLUMNS = dict.fromkeys(("id", "question", "chosen", "rejected", "kind"), TEXT)
+PAIR_COLUMNS |= {"margin": NUMBER, "images": PICTURES}
 PAIR_REQUIRED = ("question", "chosen", "rejected")
 PAIR_MAY_BE_NULL = ("kind", "margin", "images")
 ENCODED_TOGETHER = 1024
@@ -46,26 +39,14 @@ class TextPair:
     prompt: Prompt
     """Its truth and facts are not in a file of pairs: ``answer`` is empty, ``verifier`` ``exact``, both unused."""
     chosen: str
-    """The whole answer, tags included, without the end-of-sequence token."""
+    """The whole answer, tags included, without the token that ends it."""
     rejected: str
-    margin: float = math.nan
-    """r_θ(chosen) − r_θ(rejected) in a reward model's raw units; ``nan`` if unknown."""
+    margin: float | None = None
+    """r_θ(chosen) − r_θ(rejected) in a reward model's raw units; ``None`` if unknown."""
 
 
 class ParquetPairs:
     """Random access to the pairs of one Parquet file. Other columns are ignored.
-
-    ======== ======================================== ==========================================================
-    column   type                                     meaning
-    ======== ======================================== ==========================================================
-    id       string, optional                         unique; default ``<file name without ending>/<row>``
-    question string                                   the user's message without picture placeholders
-    chosen   string                                   the better answer, whole
-    rejected string                                   the worse answer, whole
-    images   list of binary or of string, optional    PNG or JPEG files, or paths relative to the Parquet file
-    kind     string, optional                         family of the question, default ``default``
-    margin   float or integer, optional               r_θ(chosen) − r_θ(rejected), default unknown
-    ======== ======================================== ==========================================================
 
     Args:
         path: The file.
@@ -94,17 +75,15 @@ class ParquetPairs:
         table = self.table
         table.require(row)
         margin = table.value("margin", row)
-        prompt = Prompt(
-            id=table.id(row),
-            question=table.value("question", row),
-            images=tuple(table.pictures(row)),
-            answer="",
-            verifier="exact",
-            kind=table.value("kind", row) or "default",
-        )
+        prompt = self._prompt(row, tuple(table.pictures(row)), table.value("kind", row) or "default")
+        unknown = margin is None or math.isnan(margin)
         return TextPair(
-            prompt, table.value("chosen", row), table.value("rejected", row), math.nan if margin is None else margin
+            prompt, table.value("chosen", row), table.value("rejected", row), None if unknown else float(margin)
         )
+
+    def _prompt(self, row: int, images: tuple[np.ndarray, ...] = (), kind: str = "default") -> Prompt:
+        # Its variant keeps it apart from a data set's prompt of the same id, which may have other pictures.
+        return Prompt(self.table.id(row), self.table.value("question", row), images, "", "exact", kind, variant="pair")
 
     def check_tokens(
         self, encoder: PromptEncoder, max_prompt_tokens: int | None = None, max_answer_tokens: int | None = None
@@ -116,40 +95,31 @@ class ParquetPairs:
         Args:
             encoder: The policy's.
             max_prompt_tokens: Longest question, chat template included; ``None`` for any.
-            max_answer_tokens: Longest answer, end of sequence included; ``None`` for any.
+            max_answer_tokens: Longest answer, its end included; ``None`` for any.
 
         Raises:
             DataError: naming file, row and column, for a text that is too long, an answer with a special token, or a
-                question with a picture placeholder.
+                question with one.
         """
         # The policy can't say these, so their log-probability is -inf; and an end in the middle is no end.
-        special = np.array([*encoder.forbidden_token_ids(), encoder.tokenizer.eos_token_id])
+        special = np.array([*encoder.forbidden_token_ids(), *encoder.stop_token_ids])
         for column in ("chosen", "rejected"):
             texts = self.table.column(column)
             for start in range(0, len(texts), ENCODED_TOGETHER):
-                for place, ids in enumerate(answer_ids(encoder, texts[start : start + ENCODED_TOGETHER])):
+                for place, ids in enumerate(encoder.answer_ids(texts[start : start + ENCODED_TOGETHER])):
                     at = where(self.path, start + place, column)
                     found = ids[:-1][np.isin(ids[:-1], special)]
                     if found.size:
                         token = encoder.tokenizer.convert_ids_to_tokens(int(found[0]))
-                        raise DataError(
-                            f"{at}: got the special token {token!r}; allowed: plain text, the end of sequence is added"
-                        )
+                        raise DataError(f"{at}: got the special token {token!r}; allowed: plain text, the end is added")
                     _check_length(len(ids), max_answer_tokens, at)
-        for row, question in enumerate(self.table.column("question")):
-            length = len(encoder.text_ids(Prompt(self.table.id(row), question, (), "", "exact")))
+        for row in range(len(self)):
+            length = len(encoder.text_ids(self._prompt(row)))
             _check_length(length, max_prompt_tokens, where(self.path, row, "question"))
 
     def _check_difference(self, row: int, rejected: str) -> None:
         if rejected == self.table.value("chosen", row):
             raise DataError(f"got {short(rejected)}, which is also the chosen answer; allowed: two different answers")
-
-
-def answer_ids(encoder: PromptEncoder, texts: list[str]) -> list[np.ndarray]:
-    """int32 [T] of each whole answer, with the end of sequence, as the policy would have sampled it."""
-    eos = encoder.tokenizer.eos_token_id
-    rows = encoder.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return [np.asarray([*ids, eos], dtype=np.int32) for ids in rows]
 
 
 def write_pairs(path: str | Path, pairs: Iterable[TextPair]) -> None:
@@ -171,7 +141,7 @@ def _as_row(pair: TextPair) -> dict[str, Any]:
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "kind": prompt.kind,
-        "margin": None if math.isnan(pair.margin) else pair.margin,
+        "margin": pair.margin,
         "images": [encode_png(picture, f"pair {prompt.id!r}") for picture in prompt.images],
     }
 

@@ -55,14 +55,8 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The exact position, as plain numbers: a stream that loads it goes on with the same rows."""
-        return {
-            "size": self.size,
-            "seed": self.seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "taken": list(self._taken),
-            "head": self._head,
-        }
+        state = {"size": self.size, "seed": self.seed, "epoch": self._epoch, "position": self._position}
+        return state | {"taken": list(self._taken), "head": self._head}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position.
@@ -71,14 +65,14 @@ class PromptStream:
             DataError: if the state was saved for another number of rows or another seed, or is incomplete or out of
                 range; the stream is unchanged then.
         """
-        names = {"size", "seed", "epoch", "position", "taken", "head"}
-        if set(state) != names:
-            raise DataError(f"state of the prompt stream has {sorted(state)}; allowed: exactly {sorted(names)}")
-        for name, own in (("size", self.size), ("seed", self.seed)):
-            if state[name] != own:
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise DataError(f"state of the prompt stream has {sorted(state)}; allowed: exactly {sorted(own)}")
+        for name in ("size", "seed"):
+            if state[name] != own[name]:
                 raise DataError(
-                    f"the saved prompt stream has {name} {state[name]}, this run {own}; a run can only go on with the "
-                    "same data and data.seed. Start a new run from the exported policy to train on other data"
+                    f"the saved prompt stream has {name} {state[name]}, this run {own[name]}; a run can only go on "
+                    "with the same data and data.seed. Start a new run from the exported policy to train on other data"
                 )
         taken, head = tuple(state["taken"]), state["head"]
         fits = state["epoch"] >= 0 and 0 <= state["position"] <= self.size

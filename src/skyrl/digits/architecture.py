@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from skyrl.digits.scenes import FORM, SCENE_PIXELS, DigitScenes
+from skyrl.digits.settings import MAX_POSITIONS
 
 PATCH = 8
 SCALE = 2
 IMAGE_TOKENS = (SCENE_PIXELS // PATCH // SCALE) ** 2
-MAX_POSITIONS = 512
 
 SPECIAL = ["<pad>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"]
 ROLES = ["<user>", "<assistant>"]

@@ -1,4 +1,9 @@
-"""The embedded default models: built once from seeds, cached under a key of everything that shapes them."""
+"""The embedded default models: built once from seeds, cached under a key of what shapes them.
+
+That is the settings and the seed, the versions of the libraries that compute them, and the code that runs meanwhile,
+function by function (:data:`CODE`). A change anywhere else leaves them as they are. Not in the key is the machine:
+another processor rounds otherwise.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +14,98 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from skyrl.settings import ModelConfig
+from skyrl.digits.settings import DigitsConfig
 
-RECIPE_FILES = (
-    "digits/scenes.py",
-    "policy/encode.py",
-    "digits/architecture.py",
-    "digits/warm_start.py",
-    "rewards/reward_model.py",
-    "digits/reward_training.py",
-    "digits/embedded.py",
-    "objective/reductions.py",
-)
-"""A change in any of these makes other models, so their code is part of the key."""
 SCENES = 20_000
 TEXT_SHARE = 0.15
 DONE = "recipe.json"
+STAGES = {
+    "warm_start_steps": "embedded policy: supervised warm start",
+    "reward_body_steps": "embedded reward model: body",
+    "reward_steps": "embedded reward model: Bradley-Terry",
+}
+"""Length of each stage of the build → what its progress bar says."""
+LIBRARIES = ("numpy", "pillow", "scikit-learn", "tokenizers", "torch", "transformers")
+CODE = {
+    "digits/architecture.py": "build_config build_processor build_tokenizer",
+    "digits/embedded.py": "_build",
+    "digits/reward_training.py": "_margins build_pairs reasoning_errors train_reward_model",
+    "digits/scenes.py": "DigitScenes.__init__ DigitScenes.__len__ DigitScenes._draw DigitScenes._misread "
+    "DigitScenes._prompt DigitScenes._sum DigitScenes.with_reasoning FORM SCENE_PIXELS _chain _digits digit_pool "
+    "held_out_sum solve",
+    "digits/settings.py": "PICTURE_KINDS",
+    "digits/warm_start.py": "fit learning_rate_factor sample_answers warm_start",
+    "objective/reductions.py": "_rows_logprobs token_logprobs",
+    "policy/chat.py": "ChatTemplate.__init__ ChatTemplate._render ChatTemplate._try ChatTemplate._writes "
+    "ChatTemplate.prompt _message",
+    "policy/encode.py": "PromptEncoder.__init__ PromptEncoder._ids PromptEncoder._turn_end PromptEncoder.answer_ids "
+    "PromptEncoder.chat_text PromptEncoder.check_question PromptEncoder.collate PromptEncoder.encode "
+    "PromptEncoder.ended PromptEncoder.forbidden_token_ids PromptEncoder.text_ids _join _picture_axis_first",
+    "records.py": "Prompt.key",
+    "rewards/reward_model.py": "RewardModel.__init__ RewardModel._likelihoods RewardModel.features "
+    "RewardModel.forward RewardModel.judge RewardModel.save RewardModel.states",
+}
+"""File → its functions that run while the models are built, and its constants that those of other files import.
+``tests/unit/test_embedded.py`` traces a small build and says what is missing or too much here."""
 
 
-def cache_folder(cfg: ModelConfig) -> Path:
-    """Where embedded models are kept: ``model.cache_dir``, ``$SKYRL_CACHE`` or ``~/.cache/skyrl``."""
+def cache_folder(cfg: DigitsConfig) -> Path:
+    """Where embedded models are kept: ``digits.cache_dir``, ``$SKYRL_CACHE`` or ``~/.cache/skyrl``."""
     return Path(cfg.cache_dir or os.environ.get("SKYRL_CACHE") or Path.home() / ".cache" / "skyrl").expanduser()
 
 
-def recipe(cfg: ModelConfig) -> dict[str, object]:
+def recipe(cfg: DigitsConfig) -> dict[str, object]:
     """Everything that decides what the built models are."""
-    root = Path(__file__).parents[1]
-    sources = {name: _code_digest(root / name) for name in RECIPE_FILES}
+    sources = {file: (Path(__file__).parents[1] / file).read_text(encoding="utf-8") for file in CODE}
     return {
-        "warm_start_steps": cfg.warm_start_steps,
-        "reward_body_steps": cfg.reward_body_steps,
-        "reward_steps": cfg.reward_steps,
-        "seed": cfg.seed,
-        "sources": sources,
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "scikit-learn")},
+        "settings": cfg.model_dump(include={*STAGES, "model_seed"}),
+        "code": {file: _code_digest(source, CODE[file].split()) for file, source in sources.items()},
+        "versions": {name: version(name) for name in LIBRARIES},
     }
 
 
-def _code_digest(path: Path) -> str:
-    """Digest of what a file does: comments, docstrings and layout don't count."""
-    tree = ast.parse(path.read_text())
+def _code_digest(source: str, names: Collection[str]) -> str:
+    """Digest of functions (``function`` or ``Class.method``) and constants of a module, and of the constants and
+    imports that they name. Comments, docstrings and layout don't count.
+
+    Raises:
+        KeyError: if the module has no such name.
+    """
+    tree = ast.parse(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [  # type: ignore[attr-defined]
+        if isinstance(body := getattr(node, "body", None), list):
+            body[:] = [
                 part for part in body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
             ]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    known, others = dict[str, ast.AST](), dict[str, ast.AST]()
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            others |= {target.id: node for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                name = alias.asname or alias.name.partition(".")[0]
+                others[name] = ast.ImportFrom(getattr(node, "module", None), [alias], 0)
+        elif isinstance(node, ast.FunctionDef):
+            known[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            known |= {f"{node.name}.{part.name}": part for part in node.body if isinstance(part, ast.FunctionDef)}
+    kept, more = dict[str, ast.AST](), set(names)
+    while more:
+        kept |= {name: (known | others)[name] for name in more}
+        named = {part.id for node in kept.values() for part in ast.walk(node) if isinstance(part, ast.Name)}
+        more = named & others.keys() - kept.keys()
+    return hashlib.sha256(repr(sorted((name, ast.dump(node)) for name, node in kept.items())).encode()).hexdigest()
 
 
-def embedded_models(cfg: ModelConfig) -> tuple[Path, Path]:
+def embedded_models(cfg: DigitsConfig) -> tuple[Path, Path]:
     """Folders of the embedded policy and reward model, built now if the cache has none for this recipe.
 
     A half-built model is never seen: the build happens in a temporary folder that is renamed when complete.
@@ -73,8 +115,11 @@ def embedded_models(cfg: ModelConfig) -> tuple[Path, Path]:
     if not (folder / DONE).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         build = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         try:
-            _build(cfg, build)
+            with Progress(*columns, refresh_per_second=2) as bar:
+                tasks = [bar.add_task(text, total=getattr(cfg, steps)) for steps, text in STAGES.items()]
+                _build(cfg, build, [partial(_show, bar, task) for task in tasks])
             (build / DONE).write_text(text)
             if folder.exists() and not (folder / DONE).is_file():
                 shutil.rmtree(folder)  # somebody took files out of it
@@ -88,7 +133,12 @@ def embedded_models(cfg: ModelConfig) -> tuple[Path, Path]:
     return folder / "policy", folder / "reward"
 
 
-def _build(cfg: ModelConfig, folder: Path) -> None:
+def _show(bar: Progress, task: TaskID, step: int, _steps: int, _loss: float) -> None:
+    bar.update(task, completed=step)
+
+
+def _build(cfg: DigitsConfig, folder: Path, show: Sequence[Callable[[int, int, float], None]]) -> None:
+    """Train both models; each of ``show`` is called with (step, steps, loss) in one of the three :data:`STAGES`."""
     import torch
     from transformers import Idefics3ForConditionalGeneration
     from transformers.utils import logging
@@ -100,27 +150,20 @@ def _build(cfg: ModelConfig, folder: Path) -> None:
     from skyrl.policy.encode import PromptEncoder
 
     logging.disable_progress_bar()
-    torch.manual_seed(cfg.seed)
+    logging.set_verbosity_error()  # it warns of the library's own default configuration
+    torch.manual_seed(cfg.model_seed)
     encoder = PromptEncoder(build_processor())
     policy = Idefics3ForConditionalGeneration(build_config(encoder.tokenizer))
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, refresh_per_second=2) as bar:
-        first = bar.add_task("embedded policy: supervised warm start", total=cfg.warm_start_steps)
-        second = bar.add_task("embedded reward model: body", total=cfg.reward_body_steps)
-        third = bar.add_task("embedded reward model: Bradley-Terry", total=cfg.reward_steps)
 
-        scenes = DigitScenes("train", SCENES, TEXT_SHARE, cfg.seed)
-        show = lambda task: lambda step, _steps, _loss: bar.update(task, completed=step)  # noqa: E731
-        warm_start(policy, encoder, scenes, cfg.warm_start_steps, show(first), careless=True)
-        policy.save_pretrained(folder / "policy")
-        encoder.processor.save_pretrained(folder / "policy")
+    scenes = DigitScenes("train", SCENES, TEXT_SHARE, cfg.model_seed)
+    warm_start(policy, encoder, scenes, cfg.warm_start_steps, show[0], careless=True)
+    policy.save_pretrained(folder / "policy")
+    encoder.processor.save_pretrained(folder / "policy")
 
-        scenes = DigitScenes("reward", SCENES, TEXT_SHARE, cfg.seed)
-        # The judge must see better than the judged: its body is the policy's, taught on by the faithful teacher.
-        body = copy.deepcopy(policy)
-        warm_start(body, encoder, scenes, cfg.reward_body_steps, show(second))
-        reward_model, accuracy = train_reward_model(
-            policy, body, encoder, scenes, cfg.reward_steps, cfg.seed, show(third)
-        )
-        reward_model.save(folder / "reward")
+    scenes = DigitScenes("reward", SCENES, TEXT_SHARE, cfg.model_seed)
+    # The judge must see better than the judged: its body is the policy's, taught on by the faithful teacher.
+    body = copy.deepcopy(policy)
+    warm_start(body, encoder, scenes, cfg.reward_body_steps, show[1])
+    model, accuracy = train_reward_model(policy, body, encoder, scenes, cfg.reward_steps, cfg.model_seed, show[2])
+    model.save(folder / "reward")
     (folder / "reward" / "pair_accuracy.json").write_text(json.dumps({"held_out_pair_accuracy": accuracy}))

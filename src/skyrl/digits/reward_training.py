@@ -8,7 +8,6 @@ from what the scene's own digits give. The label is exact. The loss is Bradley-T
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from skyrl.digits.scenes import DigitScenes
-from skyrl.digits.warm_start import learning_rate_factor, sample_answers
+from skyrl.digits.warm_start import Show, fit, sample_answers
 from skyrl.policy.encode import PromptEncoder
-from skyrl.records import Prompt
+from skyrl.records import Prompt, SkyrlError
 from skyrl.rewards.reward_model import RewardModel
 
-PROMPTS = 480
+PROMPTS_PER_STEP = 12
 ANSWERS = 4
+SAMPLED_TOGETHER = 120
 PAIRS_PER_STEP = 32
 PEAK_LR = 3e-4
 CLEAR = 3
@@ -31,14 +31,10 @@ STATEMENT = re.compile(r"[^,.<>]+")
 
 
 def reasoning_errors(faithful: str, text: str) -> int:
-    """How many statements of an answer are not those of the faithful answer to the same scene.
+    """How many statements of an answer ``text`` are not those of the ``faithful`` answer to the same scene.
 
     Both are cut into statements (what is seen, each step of the computation, the result). What is seen counts
     once per digit. Missing and surplus statements count too.
-
-    Args:
-        faithful: From ``DigitScenes.with_reasoning``.
-        text: A policy's answer.
 
     Example: ``I see 31/41. 3+1=4`` against ``I see 31/47. 3+1=5`` gives 2.
     """
@@ -52,17 +48,16 @@ def reasoning_errors(faithful: str, text: str) -> int:
     return errors
 
 
-def build_pairs(policy: Any, encoder: PromptEncoder, scenes: DigitScenes, seed: int) -> list[tuple[Prompt, str, str]]:
-    """(prompt, more faithful answer, less faithful answer) from the policy's own samples."""
-    scenes_read = [scenes.with_reasoning(row) for row in range(PROMPTS)]
-    prompts = [prompt for prompt, _ in scenes_read]
-    answers = [
-        text
-        for start in range(0, PROMPTS, 120)
-        for text in sample_answers(
-            policy, encoder, [p for p in prompts[start : start + 120] for _ in range(ANSWERS)], 1.0, 48, seed + start
-        )
-    ]
+def build_pairs(
+    policy: Any, encoder: PromptEncoder, scenes: DigitScenes, prompts: int, seed: int
+) -> list[tuple[Prompt, str, str]]:
+    """(prompt, more faithful answer, less faithful answer) from the policy's own samples on the first scenes."""
+    scenes_read = [scenes.with_reasoning(row) for row in range(prompts)]
+    asked = [prompt for prompt, _ in scenes_read for _ in range(ANSWERS)]
+    answers: list[str] = []
+    for start in range(0, prompts, SAMPLED_TOGETHER):
+        part = asked[start * ANSWERS : (start + SAMPLED_TOGETHER) * ANSWERS]
+        answers += sample_answers(policy, encoder, part, 1.0, 48, seed + start)
     pairs = []
     for i, (prompt, faithful) in enumerate(scenes_read):
         own = [(reasoning_errors(faithful, text), text) for text in answers[i * ANSWERS : (i + 1) * ANSWERS]]
@@ -75,46 +70,40 @@ def build_pairs(policy: Any, encoder: PromptEncoder, scenes: DigitScenes, seed: 
 
 
 def train_reward_model(
-    policy: Any,
-    body: Any,
-    encoder: PromptEncoder,
-    scenes: DigitScenes,
-    steps: int,
-    seed: int,
-    progress: Callable[[int, int, float], None],
+    policy: Any, body: Any, encoder: PromptEncoder, scenes: DigitScenes, steps: int, seed: int, show: Show
 ) -> tuple[RewardModel, float]:
     """Build and train the reward model.
 
     Args:
-        policy: Whose samples are judged.
-        body: Where the reward model starts; it is trained in place.
+        policy: Whose samples are judged, on the first scenes of the ``reward`` split.
+        body: Where the reward model starts; it is trained in place, by ``steps`` batches of 32 pairs.
         encoder: Of both.
-        scenes: The ``reward`` split.
-        steps: Batches of 32 pairs.
         seed: Of sampling and batches.
-        progress: Called with (step, steps, loss).
+        show: Called after each step.
 
     Returns:
         The model and its share of rightly ordered pairs on a tenth of the pairs that it was not trained on.
+
+    Raises:
+        SkyrlError: if the policy's answers make fewer than two pairs.
     """
-    pairs = build_pairs(policy, encoder, scenes, seed)
+    prompts = min(PROMPTS_PER_STEP * steps, len(scenes))
+    pairs = build_pairs(policy, encoder, scenes, prompts, seed)
+    if len(pairs) < 2:
+        raise SkyrlError(
+            f"the answers of the embedded policy to {prompts} prompts make {len(pairs)} pairs for the reward model; "
+            "allowed: 2 or more: raise digits.warm_start_steps or digits.reward_steps"
+        )
     held_out = max(1, len(pairs) // 10)
     train, test = pairs[held_out:], pairs[:held_out]
     model = RewardModel(body, encoder, likelihood=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     rng = np.random.default_rng(seed)
-    model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * learning_rate_factor(step, steps)
+
+    def loss(_step: int) -> torch.Tensor:
         chosen = rng.integers(0, len(train), PAIRS_PER_STEP)
-        loss = -F.logsigmoid(_margins(model, [train[i] for i in chosen])).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        progress(step + 1, steps, loss.item())
-    model.eval()
+        return -F.logsigmoid(_margins(model, [train[i] for i in chosen])).mean()
+
+    fit(model, loss, PEAK_LR, (0.9, 0.999), steps, show)
     with torch.no_grad():
         margins = torch.cat([_margins(model, test[i : i + 64]) for i in range(0, len(test), 64)])
     return model, float((margins > 0).float().mean())
@@ -123,11 +112,7 @@ def train_reward_model(
 def _margins(model: RewardModel, pairs: list[tuple[Prompt, str, str]]) -> torch.Tensor:
     """r_θ(better) − r_θ(worse), [len(pairs)]."""
     encoder = model.encoder
-    eos = encoder.tokenizer.eos_token_id
-    rows = []
-    for prompt, better, worse in pairs:
-        for text in (better, worse):
-            ids = [*encoder.tokenizer(text, add_special_tokens=False)["input_ids"], eos]
-            rows.append((prompt, encoder.encode(prompt)[0], np.asarray(ids, dtype=np.int32)))
-    scores = model(encoder.collate(rows))
+    answers = encoder.answer_ids([text for _, better, worse in pairs for text in (better, worse)])
+    prompts = [(prompt, encoder.encode(prompt)[0]) for prompt, _, _ in pairs for _ in range(2)]
+    scores = model(encoder.collate([(*prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]))
     return scores[0::2] - scores[1::2]

@@ -1,9 +1,10 @@
 """Digit scenes: real handwritten digits, two by two in one picture, with a question about them.
 
 The embedded default data set. scikit-learn ships 1,797 handwritten digits of 8×8 pixels (the UCI optical
-recognition set). They are split once into *training digits* and *held-out digits*; a held-out scene
-shows only handwriting that no training scene ever showed. Row ``i`` of a split is a pure function of
-``(seed, split, i)``, so a scene needs no storage, any worker can draw it, and a resumed run sees the same ones.
+recognition set). They are split once, for every seed, into *training digits* and *held-out digits*; a held-out scene
+shows only handwriting that no training scene ever showed. The sums asked without a picture are split likewise
+(:func:`held_out_sum`). Row ``i`` of a split is a pure function of ``(seed, split, i)``, so a scene needs no storage,
+any worker can draw it, and a resumed run sees the same ones.
 
 What is in the picture is known, so every claim about it can be checked exactly (``Prompt.facts``).
 """
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from skyrl.digits.settings import PICTURE_KINDS
 from skyrl.records import DataError, Prompt
-from skyrl.settings.ranges import PICTURE_KINDS
 
 GRID = 2
 """Digits per side of a scene."""
@@ -38,6 +40,8 @@ CARELESS_SHARE = 0.6
 wrong digit, and well below one, so that it still knows the right one."""
 SPLITS = {"train": 0, "eval": 1, "reward": 2}
 """``reward`` draws other scenes of the training digits: the reward model's own training set."""
+HELD_OUT = "eval"
+"""The split that shows held-out digits and asks held-out sums, and nothing else does."""
 
 
 @lru_cache(maxsize=1)
@@ -61,6 +65,15 @@ def digit_pool(held_out: bool) -> list[np.ndarray]:
         cut = int(len(rows) * HELD_OUT_SHARE)
         pool.append(images[rows[:cut] if held_out else rows[cut:]])
     return pool
+
+
+def held_out_sum(numbers: Sequence[int]) -> bool:
+    """True for the fifth of the sums of each length that only :data:`HELD_OUT` asks.
+
+    A fixed rule, so that no seed can leak one. Each number below :data:`SMALL` stands equally often at each place of
+    the held-out sums, so they are no harder than the others.
+    """
+    return sum(place * number for place, number in enumerate(numbers, start=1)) % SMALL == 0
 
 
 def _chain(numbers: list[int]) -> str:
@@ -93,27 +106,18 @@ def solve(kind: str, grid: list[list[int]], target: int) -> tuple[str, str, str]
     raise DataError(f"unknown kind of question {kind!r}; allowed: {', '.join(PICTURE_KINDS)}")
 
 
-def _answered(reasoning: str, answer: str) -> str:
-    return f"<think>{reasoning}</think><answer>{answer}</answer>"
-
-
-def _numbers(question: str) -> list[int]:
-    """The numbers that a text question adds."""
-    return [int(digit) for digit in question.removeprefix("What is ").split("?")[0].split("+")]
-
-
 class DigitScenes:
     """A random-access data set of digit scenes and a share of text-only arithmetic.
 
     Args:
-        split: ``train``, ``eval`` (held-out handwriting) or ``reward``.
+        split: ``train``, ``eval`` (held-out handwriting and sums) or ``reward``.
         size: Number of rows.
         text_share: Share of rows without a picture.
         seed: Seed of the scenes.
-        kinds: Kinds of question about a picture; some of :data:`PICTURE_KINDS`.
+        kinds: Kinds of question about a picture, some of :data:`PICTURE_KINDS`; an unknown one fails when it is asked.
 
     Raises:
-        DataError: for an unknown split, an unknown kind, or none.
+        DataError: for an unknown split.
     """
 
     def __init__(
@@ -121,8 +125,6 @@ class DigitScenes:
     ) -> None:
         if split not in SPLITS:
             raise DataError(f"unknown split {split!r} of the digit scenes; allowed: {', '.join(SPLITS)}")
-        if not kinds or not set(kinds) <= set(PICTURE_KINDS):
-            raise DataError(f"kinds of question are {list(kinds)}; allowed: one or more of {', '.join(PICTURE_KINDS)}")
         self.split, self.size, self.text_share, self.seed = split, size, text_share, seed
         self.kinds = tuple(kinds)
 
@@ -132,67 +134,61 @@ class DigitScenes:
     def __getitem__(self, row: int) -> Prompt:
         return self._prompt(row)[0]
 
-    def with_reasoning(self, row: int) -> tuple[Prompt, str]:
-        """Row ``row`` and a faithful answer to it, in the form that the policy is warm-started on.
+    def identity(self) -> dict[str, Any]:
+        """What decides which prompt a row is, besides split and row."""
+        return {"seed": self.seed, "text_share": self.text_share, "kinds": list(self.kinds)}
+
+    def with_reasoning(self, row: int, careless: bool = False) -> tuple[Prompt, str]:
+        """Row ``row`` and an answer to it in the form that the policy is warm-started on.
+
+        Args:
+            careless: Not a faithful answer, but that of a teacher who takes some digits for their look-alikes and
+                reasons on from there: demonstrations as they are often to be had, fluent, and false about the picture.
 
         Raises:
             DataError: if there is no such row.
         """
-        prompt, target = self._prompt(row)
-        if not prompt.images:
-            return prompt, _answered(f"{_chain(_numbers(prompt.question))}.", prompt.answer)
-        _, reasoning, answer = solve(prompt.kind, prompt.facts["grid"], target)
-        return prompt, _answered(reasoning, answer)
+        prompt, numbers = self._prompt(row)
+        reasoning, answer = f"{_chain(numbers)}.", prompt.answer
+        if prompt.images:
+            seen = self._misread(row, prompt.facts["grid"]) if careless else prompt.facts["grid"]
+            _, reasoning, answer = solve(prompt.kind, seen, numbers[0])
+        return prompt, f"<think>{reasoning}</think><answer>{answer}</answer>"
 
-    def with_careless_reasoning(self, row: int) -> tuple[Prompt, str]:
-        """Row ``row`` and the answer of a teacher who takes some digits for their look-alikes and reasons on from
-        there: demonstrations as they are often to be had, fluent, and false about the picture.
-
-        Raises:
-            DataError: if there is no such row.
-        """
-        prompt, target = self._prompt(row)
-        if not prompt.images:
-            return self.with_reasoning(row)
+    def _misread(self, row: int, grid: list[list[int]]) -> list[list[int]]:
         rng = np.random.default_rng([self.seed, SPLITS[self.split], row, 1])
-        seen = [
+        return [
             [LOOK_ALIKE[digit] if digit in LOOK_ALIKE and rng.random() < CARELESS_SHARE else digit for digit in line]
-            for line in prompt.facts["grid"]
+            for line in grid
         ]
-        _, reasoning, answer = solve(prompt.kind, seen, target)
-        return prompt, _answered(reasoning, answer)
 
-    def _prompt(self, row: int) -> tuple[Prompt, int]:
-        """The prompt of a row, and the digit that a ``count`` question asks for."""
+    def _prompt(self, row: int) -> tuple[Prompt, list[int]]:
+        """The prompt of a row; and the numbers that it adds, or with a picture the digit that a ``count`` asks for."""
         if not 0 <= row < self.size:
             raise DataError(f"row {row} of split {self.split!r} does not exist; it has {self.size} rows")
-        rng = np.random.default_rng([self.seed, SPLITS[self.split], row])
+        rng, name = np.random.default_rng([self.seed, SPLITS[self.split], row]), f"{self.split}/{row}"
         if rng.random() < self.text_share:
-            return self._text(row, rng), 0
+            numbers = self._sum(rng)
+            question = f"What is {'+'.join(map(str, numbers))}?{FORM}"
+            return Prompt(name, question, (), str(sum(numbers)), "numeric", TEXT_KIND), numbers
         kind = self.kinds[rng.integers(len(self.kinds))]
         grid = rng.integers(0, SMALL if kind in ADDING_KINDS else 10, (GRID, GRID)).tolist()
         # Half of the count questions ask for a digit that is there, else the answer is nearly always 0.
         target = int(grid[rng.integers(GRID)][rng.integers(GRID)] if rng.random() < 0.5 else rng.integers(10))
         question, _, answer = solve(kind, grid, target)
-        prompt = Prompt(
-            id=f"{self.split}/{row}",
-            question=question + FORM,
-            images=(self._draw(grid, rng),),
-            answer=answer,
-            verifier="numeric",
-            kind=kind,
-            facts={"grid": grid},
-        )
-        return prompt, target
+        picture = self._draw(grid, rng)
+        return Prompt(name, question + FORM, (picture,), answer, "numeric", kind, {"grid": grid}), [target]
 
-    def _text(self, row: int, rng: np.random.Generator) -> Prompt:
-        numbers = rng.integers(0, SMALL, int(rng.integers(2, 5))).tolist()
-        question = f"What is {'+'.join(map(str, numbers))}?{FORM}"
-        return Prompt(f"{self.split}/{row}", question, (), str(sum(numbers)), "numeric", TEXT_KIND)
+    def _sum(self, rng: np.random.Generator) -> list[int]:
+        """Numbers to add without a picture, from this split's part of them."""
+        while True:
+            numbers: list[int] = rng.integers(0, SMALL, int(rng.integers(2, 5))).tolist()
+            if held_out_sum(numbers) == (self.split == HELD_OUT):
+                return numbers
 
     def _draw(self, grid: list[list[int]], rng: np.random.Generator) -> np.ndarray:
         """RGB picture uint8 [32, 32, 3] of the grid, with handwriting of this split."""
-        pool = digit_pool(held_out=self.split == "eval")
+        pool = digit_pool(held_out=self.split == HELD_OUT)
         rows = [np.hstack([pool[d][rng.integers(len(pool[d]))] for d in row]) for row in grid]
         scene = np.vstack(rows).repeat(2, axis=0).repeat(2, axis=1)
         return np.repeat(scene[:, :, None], 3, axis=2)

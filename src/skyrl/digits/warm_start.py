@@ -14,48 +14,51 @@ from skyrl.policy.encode import PromptEncoder
 
 BATCH = 64
 PEAK_LR = 2e-3
-Progress = Callable[[int, int, float], None]
+Show = Callable[[int, int, float], None]
 """Called with (step, steps, loss)."""
 
 
 def warm_start(
-    model: Any,
-    encoder: PromptEncoder,
-    scenes: DigitScenes,
-    steps: int,
-    progress: Progress,
-    careless: bool = False,
+    model: Any, encoder: PromptEncoder, scenes: DigitScenes, steps: int, show: Show, careless: bool = False
 ) -> None:
     """Train ``model`` in place on demonstrations of the scenes. Deterministic.
 
     Args:
-        careless: Take the careless teacher's demonstrations instead of the faithful ones.
         model: Idefics3 model in training mode, fp32.
+        encoder: Its encoder.
         scenes: Training split; batch ``i`` takes rows ``i·64 …``.
-        steps: Batches; about 0.3 s each on two cores.
+        steps: Batches.
+        show: Called after each.
+        careless: Take the careless teacher's demonstrations instead of the faithful ones.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01, betas=(0.9, 0.98))
-    eos = encoder.tokenizer.eos_token_id
+
+    def loss(step: int) -> torch.Tensor:
+        shown = [scenes.with_reasoning(i % len(scenes), careless) for i in range(step * BATCH, (step + 1) * BATCH)]
+        answers = encoder.answer_ids([answer for _, answer in shown])
+        rows = [(prompt, encoder.encode(prompt)[0], ids) for (prompt, _), ids in zip(shown, answers, strict=True)]
+        batch = encoder.collate(rows)
+        labels = batch.input_ids.masked_fill(~batch.answer_mask, -100)
+        out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels, **batch.pictures)
+        return out.loss
+
+    fit(model, loss, PEAK_LR, (0.9, 0.98), steps, show)
+
+
+def fit(
+    model: Any, loss: Callable[[int], torch.Tensor], peak_lr: float, betas: tuple[float, float], steps: int, show: Show
+) -> None:
+    """Train ``model`` in place with AdamW on ``loss(step)``, and leave it in evaluation mode."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=betas)
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * learning_rate_factor(step, steps)
-        rows = []
-        for i in range(step * BATCH, (step + 1) * BATCH):
-            row = i % len(scenes)
-            prompt, answer = scenes.with_careless_reasoning(row) if careless else scenes.with_reasoning(row)
-            ids = [*encoder.tokenizer(answer, add_special_tokens=False)["input_ids"], eos]
-            rows.append((prompt, encoder.encode(prompt)[0], np.asarray(ids, dtype=np.int32)))
-        batch = encoder.collate(rows)
-        labels = batch.input_ids.masked_fill(~batch.answer_mask, -100)
-        loss = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels, **batch.pictures
-        ).loss
+            group["lr"] = peak_lr * learning_rate_factor(step, steps)
+        value = loss(step)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        progress(step + 1, steps, loss.item())
+        show(step + 1, steps, value.item())
     model.eval()
 
 
@@ -76,8 +79,6 @@ def sample_answers(
     Args:
         temperature: 0 is greedy.
     """
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
     encoded = [encoder.encode(prompt) for prompt in prompts]
     width = max(len(ids) for ids, _ in encoded)
     ids = torch.full((len(prompts), width), encoder.pad_id)
@@ -87,17 +88,17 @@ def sample_answers(
         mask[i, width - len(prompt_ids) :] = 1
     names = {name for _, pictures in encoded for name in pictures}
     pictures = {name: torch.cat([p[name] for _, p in encoded if name in p]) for name in names}
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        **pictures,
-        do_sample=temperature > 0,
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-        max_new_tokens=max_new_tokens,
-        suppress_tokens=encoder.forbidden_token_ids(),
-        pad_token_id=encoder.pad_id,
-        eos_token_id=encoder.tokenizer.eos_token_id,
-        use_cache=True,
-    )
-    torch.random.set_rng_state(generator_state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **pictures,
+            do_sample=temperature > 0,
+            **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=encoder.forbidden_token_ids(),
+            pad_token_id=encoder.pad_id,
+            eos_token_id=encoder.tokenizer.eos_token_id,
+        )
     return list(encoder.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))

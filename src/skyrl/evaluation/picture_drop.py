@@ -6,36 +6,37 @@ that looks finds its own answers less likely then; one that guesses from the que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from skyrl.data.pictures import mask_picture
-from skyrl.interfaces import Metrics
-from skyrl.records import SampleGroup
+from skyrl.records import Metrics, SampleGroup
 from skyrl.settings import HallucinationConfig
 
+if TYPE_CHECKING:
+    from skyrl.learner.step import LearnerStep
 
-def probed_groups(groups: Sequence[SampleGroup], cfg: HallucinationConfig) -> list[SampleGroup]:
-    """The first ``probe_prompts`` groups that have pictures."""
-    return [group for group in groups if group.prompt.images][: cfg.probe_prompts]
+
+def picture_drop(learner: LearnerStep, *parts: list[SampleGroup]) -> Metrics:
+    """``eval/picture_drop`` of the first ``hallucination.probe_prompts`` groups that have pictures: the mean over all
+    answer tokens of the log-probability with the true picture minus that with the masked one, nats. Nothing without
+    such tokens. Every rank of the learner must run it with the same groups.
+    """
+    cfg = learner.cfg.hallucination
+    groups = [group for part in parts for group in part if group.prompt.images][: cfg.probe_prompts]
+    true, masked = learner.logprobs(groups), learner.logprobs([masked_group(group, cfg) for group in groups])
+    drops = [a.astype(np.float64) - b for a, b in zip(true, masked, strict=True)]
+    tokens = sum(len(drop) for drop in drops)
+    return {"eval/picture_drop": float(sum(drop.sum() for drop in drops) / tokens)} if tokens else {}
 
 
 def masked_group(group: SampleGroup, cfg: HallucinationConfig) -> SampleGroup:
-    """The same answers to the same question, with most of each picture black. The prompt gets an id of its own, because
-    encodings are cached by id."""
+    """The same answers to the same question, with most of each picture black."""
     prompt = group.prompt
     images = tuple(
         mask_picture(picture, f"{prompt.id}/{place}", cfg.mask_share, cfg.mask_patch)
         for place, picture in enumerate(prompt.images)
     )
-    return replace(group, prompt=replace(prompt, id=f"{prompt.id}#masked", images=images))
-
-
-def picture_drop_metrics(true: Sequence[np.ndarray], masked: Sequence[np.ndarray]) -> Metrics:
-    """``eval/picture_drop`` from the log-probabilities [T] of every answer, with the true and with the masked picture:
-    the mean difference over all answer tokens; nothing if there are none."""
-    drops = [a.astype(np.float64) - b for a, b in zip(true, masked, strict=True)]
-    tokens = sum(len(drop) for drop in drops)
-    return {"eval/picture_drop": float(sum(drop.sum() for drop in drops) / tokens)} if tokens else {}
+    return replace(group, prompt=replace(prompt, images=images, variant="masked"))

@@ -1,1 +1,1 @@
-"""The policy that learns: one DeepSpeed engine per rank. The only package that imports deepspeed."""
+"""The policy that learns: :class:`skyrl.learner.step.LearnerStep` over a training library (a *backend*)."""

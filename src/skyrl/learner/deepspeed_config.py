@@ -1,11 +1,10 @@
-"""The DeepSpeed configuration and the learning rate of a step."""
+"""DeepSpeed's own configuration."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from skyrl.settings import LearnerConfig, Schedule
+from skyrl.settings import LearnerConfig
 
 
 def deepspeed_config(cfg: LearnerConfig, dtype: str) -> dict[str, Any]:
@@ -38,16 +37,3 @@ def deepspeed_config(cfg: LearnerConfig, dtype: str) -> dict[str, Any]:
     elif dtype == "float16":
         config["fp16"] = {"enabled": True}
     return config
-
-
-def learning_rate(cfg: LearnerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of step 1, 2, … ``total_steps``: linear warm-up, then constant or a cosine.
-
-    Example: lr 1.0 and two warm-up steps give 0.5 at step 1 and 1.0 at step 2.
-    """
-    if step <= cfg.warmup_steps:
-        return cfg.lr * step / cfg.warmup_steps
-    if cfg.schedule is Schedule.constant:
-        return cfg.lr
-    done = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
-    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))

@@ -1,4 +1,4 @@
-"""What a learner writes beside DeepSpeed's own files: a checkpoint's layout, the policy as a Hugging Face folder."""
+"""What a learner writes beside its backend's own files: layout and state, the policy as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 from skyrl.records import SkyrlError, WeightSnapshot
 from skyrl.settings import Config
-from skyrl.sync.snapshot import parameters_of
 
-LAYOUT_FILE = "learner.json"
+FILE = "learner.json"
+FORMAT = 2
+"""Of the whole folder; goes up when older ones can't be loaded any more."""
 
 
 def layout(cfg: Config) -> dict[str, object]:
     """What a checkpoint's optimizer states are cut by; another run can only load them with the same settings."""
     return {
+        "learner.backend": cfg.learner.backend,
         "learner.num_workers": cfg.learner.num_workers,
         "learner.zero_stage": cfg.learner.zero_stage,
         "learner.trainable": cfg.learner.trainable.value,
@@ -23,22 +25,32 @@ def layout(cfg: Config) -> dict[str, object]:
     }
 
 
-def write_layout(folder: Path, cfg: Config) -> None:
-    (Path(folder) / LAYOUT_FILE).write_text(json.dumps(layout(cfg), indent=2))
+def write_state(folder: Path, cfg: Config, state: dict[str, Any]) -> None:
+    """Write layout and state; ``state`` is plain JSON."""
+    content = {"format": FORMAT, "layout": layout(cfg), "state": state}
+    (Path(folder) / FILE).write_text(json.dumps(content, indent=2))
 
 
-def check_layout(folder: Path, cfg: Config) -> None:
-    """
+def read_state(folder: Path, cfg: Config) -> dict[str, Any]:
+    """The state that :func:`write_state` wrote.
+
     Raises:
-        SkyrlError: if ``folder`` holds no learner state, or one that was written with settings that cut it differently.
+        SkyrlError: if ``folder`` holds no learner state, one of another version of skyrl, or one that was written with
+            settings that cut it differently.
     """
-    file = Path(folder) / LAYOUT_FILE
+    file = Path(folder) / FILE
     if not file.is_file():
-        raise SkyrlError(f"no learner state in {folder}: it has no {LAYOUT_FILE}")
+        raise SkyrlError(f"no learner state in {folder}: it has no {FILE}")
     saved, own = json.loads(file.read_text()), layout(cfg)
-    other = [f"{key}={value} (here {own[key]})" for key, value in saved.items() if value != own[key]]
+    if saved.get("format") != FORMAT:
+        raise SkyrlError(
+            f"the learner state in {folder} has format {saved.get('format', 1)}, this version of skyrl reads {FORMAT}: "
+            "go on with the version that wrote it, or start anew from the policy that it exported"
+        )
+    other = [f"{key}={value} (here {own.get(key)})" for key, value in saved["layout"].items() if value != own.get(key)]
     if other:
         raise SkyrlError(f"the learner state in {folder} was saved with {', '.join(other)}; use the same to resume")
+    return saved["state"]
 
 
 def export_policy(folder: Path, model: Any, snapshot: WeightSnapshot, processor: Any) -> None:
@@ -47,6 +59,8 @@ def export_policy(folder: Path, model: Any, snapshot: WeightSnapshot, processor:
     Args:
         model: The model that the parameters are of; under ZeRO-3 its own are in pieces and are not read.
     """
+    from skyrl.sync.snapshot import parameters_of
+
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     model.save_pretrained(folder, state_dict=dict(parameters_of(snapshot)) | buffers)

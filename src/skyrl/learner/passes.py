@@ -11,7 +11,6 @@ import torch
 from skyrl.policy.encode import EncodedBatch, PromptEncoder
 from skyrl.policy.packing import MicroBatch, Row, distinct_rows, ghost_row, plan_micro_batches
 from skyrl.records import SampleGroup, TrainBatch, TrainItem
-from skyrl.settings import AlgorithmConfig
 
 Forward = Callable[[EncodedBatch], torch.Tensor]
 """Log-probabilities [N] of the answer tokens of a batch."""
@@ -57,20 +56,13 @@ class Share:
         return cls(batch, parts, [Rows.of([_row(batch.items[i]) for i in part], encoder, device) for part in run])
 
     def tokens(self, part: MicroBatch) -> int:
-        """Answer tokens of a micro-batch, without its ghost's."""
+        """Answer tokens of a micro-batch, masked ones too, without its ghost's."""
         return sum(len(self.batch.items[i].sample.token_ids) for i in part)
 
 
 def distinct_share(batch: TrainBatch) -> float:
     """Share of the step's items that are left when equal answers to one prompt count once."""
     return len(distinct_rows([_row(item) for item in batch.items])[0]) / len(batch.items)
-
-
-def pair_members(batch: TrainBatch, cfg: AlgorithmConfig) -> set[int]:
-    """Items that the MPO term of this step reads; none if the stage does not train it."""
-    if cfg.weights(batch.step)[1] == 0:
-        return set()
-    return {i for pair in batch.pairs for i in (pair.chosen, pair.rejected)}
 
 
 @torch.no_grad()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,26 +12,26 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from skyrl.interfaces import Metrics
+from skyrl.records import Metrics
 
 PHASES = ("rollout", "reward", "buffer", "learner", "sync")
 
 
 def percent(value: float | None) -> str:
     """A share as text; a dash when there is none."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}%"
+    return "–" if value is None else f"{100 * value:.1f}%"
 
 
 def number(value: float | None) -> str:
     """A plain number with about three digits; a dash when there is none."""
-    if value is None or not math.isfinite(value):
+    if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
     """Seconds as ``48 s``, ``3 min 10 s`` or ``2 h 05 min``."""
-    if seconds is None or not math.isfinite(seconds):
+    if seconds is None:
         return "–"
     whole = round(seconds)
     if whole < 60:
@@ -43,29 +41,21 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-@dataclass(slots=True, frozen=True)
-class _Row:
-    """One line of the live table."""
-
-    label: str
-    name: str
-    show: Callable[[float | None], str]
-
-
-_ROWS = (
-    _Row("reward, total", "reward/total", number),
-    _Row("  rule", "reward/rule", percent),
-    _Row("  format", "reward/format", percent),
-    _Row("  reward model (raw)", "reward/model", number),
-    _Row("accuracy, sampled answers", "reward/accuracy", percent),
-    _Row("accuracy, evaluation", "eval/accuracy", percent),
-    _Row("hallucination, sampled answers", "hallucination/rate", percent),
-    _Row("hallucination, evaluation", "eval/hallucination", percent),
-    _Row("effective share, fresh", "buffer/effective_share_fresh", percent),
-    _Row("effective share, with SSB", "buffer/effective_share", percent),
-    _Row("SSB size (samples)", "buffer/size", number),
-    _Row("samples per second", "throughput/samples_per_second", number),
-    _Row("tokens per second", "throughput/tokens_per_second", number),
+Show = Callable[[float | None], str]
+_ROWS: tuple[tuple[str, str, Show], ...] = (
+    ("reward, total", "reward/total", number),
+    ("  rule", "reward/rule", percent),
+    ("  format", "reward/format", percent),
+    ("  reward model (raw)", "reward/model", number),
+    ("accuracy, sampled answers", "reward/accuracy", percent),
+    ("accuracy, evaluation", "eval/accuracy", percent),
+    ("hallucination, sampled answers", "hallucination/rate", percent),
+    ("hallucination, evaluation", "eval/hallucination", percent),
+    ("effective share, fresh", "buffer/effective_share_fresh", percent),
+    ("effective share, with SSB", "buffer/effective_share", percent),
+    ("SSB size (samples)", "buffer/size", number),
+    ("samples per second", "throughput/samples_per_second", number),
+    ("tokens per second", "throughput/tokens_per_second", number),
 )
 
 
@@ -127,25 +117,24 @@ class ConsoleSink:
     def _line(self, metrics: Metrics) -> str:
         """One step as one line; only what this step measured."""
 
-        def part(label: str, name: str, show: Callable[[float | None], str]) -> str:
+        def part(label: str, name: str, show: Show) -> str:
             return f"{label} {show(metrics[name])}" if name in metrics else ""
 
-        parts = [f"step {self._step}/{self._steps}"]
-        if "eval/accuracy" in metrics:
-            parts += [
-                part("evaluation: accuracy", "eval/accuracy", percent),
-                part("hallucination", "eval/hallucination", percent),
-            ]
         inner = [part(label, f"reward/{label}", number) for label in ("rule", "format", "model")]
         reward = part("reward", "reward/total", number)
-        parts.append(f"{reward} ({', '.join(filter(None, inner))})" if reward else "")
-        parts.append(part("accuracy", "reward/accuracy", percent))
-        parts.append(part("hallucination", "hallucination/rate", percent))
         fresh = part("effective", "buffer/effective_share_fresh", percent)
-        replayed = part("→", "buffer/effective_share", percent)
-        parts.append(" ".join(filter(None, [fresh, replayed])))
-        parts.append(part("SSB", "buffer/size", number))
-        parts.append(part("samples/s", "throughput/samples_per_second", number))
+        filled = part("→", "buffer/effective_share", percent)
+        parts = [
+            f"step {self._step}/{self._steps}",
+            part("evaluation: accuracy", "eval/accuracy", percent),
+            part("hallucination", "eval/hallucination", percent),
+            f"{reward} ({', '.join(filter(None, inner))})" if reward else "",
+            part("accuracy", "reward/accuracy", percent),
+            part("hallucination", "hallucination/rate", percent),
+            " ".join(filter(None, (fresh, filled))),
+            part("SSB", "buffer/size", number),
+            part("samples/s", "throughput/samples_per_second", number),
+        ]
         if "time/step" in metrics:
             parts.append(f"{duration(metrics['time/step'])} ({self._phases(metrics)})")
             parts.append(f"left {duration(self._seconds_left())}")
@@ -163,9 +152,9 @@ class ConsoleSink:
         table.add_column("")
         table.add_column("first", justify="right", style="dim")
         table.add_column("now", justify="right", style="bold")
-        for row in _ROWS:
-            if row.name in self._latest:
-                table.add_row(row.label, row.show(self._first[row.name]), row.show(self._latest[row.name]))
+        for label, name, show in _ROWS:
+            if name in self._latest:
+                table.add_row(label, show(self._first[name]), show(self._latest[name]))
         phases = Text(f"seconds: {self._phases(self._latest)}; step {duration(self._latest.get('time/step'))}", "dim")
         progress = Table.grid(padding=(0, 2))
         progress.add_row(

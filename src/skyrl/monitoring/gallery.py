@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from skyrl.records import DataError, Prompt, Sample, SampleGroup
+from skyrl.records import DataError, SampleGroup
+from skyrl.rewards.claims import check_claims
 
 FIRST = "first of the evaluation set"
 FALSE_CLAIM = "first with a false claim before training"
@@ -28,9 +29,6 @@ RULE = (
 _MAX_SIDE = 512
 _GAP = 4
 _TAG = re.compile(r"</?(?:think|answer)>")
-
-CheckClaims = Callable[[str, Mapping[str, Any]], Sequence[Any]]
-"""``check_claims(text, facts)``: claims with ``start``, ``end``, ``text`` and ``true``."""
 
 
 def picture_base64(images: Sequence[np.ndarray]) -> str | None:
@@ -51,55 +49,33 @@ def picture_base64(images: Sequence[np.ndarray]) -> str | None:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _answer(prompt: Prompt, sample: Sample, check: CheckClaims) -> dict[str, Any]:
-    """One answer as the gallery stores it."""
-    claims = check(sample.text, prompt.facts) if prompt.facts else []
+def _answer(group: SampleGroup) -> dict[str, Any]:
+    """The one greedy answer of an evaluated prompt, as the gallery stores it."""
+    if not group.samples:
+        raise DataError(f"prompt {group.prompt.id!r} has 0 samples in the evaluation; allowed is at least 1")
+    sample = group.samples[0]
+    claims = check_claims(sample.text, group.prompt.facts)
     return {
         "text": sample.text,
-        "correct": sample.reward is not None and sample.reward.rule >= 1.0,
+        "right": sample.right,
         "claims": [{"start": c.start, "end": c.end, "text": c.text, "true": c.true} for c in claims],
         "error": sample.error,
     }
 
 
-def _checker(check: CheckClaims | None) -> CheckClaims:
-    """The given checker, or skyrl's own. Imported late, so that a report needs none."""
-    if check is not None:
-        return check
-    from skyrl.rewards.claims import check_claims
-
-    return check_claims
-
-
-def _first_sample(group: SampleGroup) -> Sample:
-    """The one greedy answer of an evaluated prompt."""
-    if not group.samples:
-        raise DataError(f"prompt {group.prompt.id!r} has 0 samples in the evaluation; allowed is at least 1")
-    return group.samples[0]
-
-
-def gallery_entries(
-    groups_before: Sequence[SampleGroup],
-    groups_after: Sequence[SampleGroup] | None = None,
-    *,
-    limit: int = 12,
-    check: CheckClaims | None = None,
-) -> list[dict[str, Any]]:
+def gallery_entries(groups: Sequence[SampleGroup], limit: int) -> list[dict[str, Any]]:
     """Choose at most ``limit`` prompts by :data:`RULE` and describe them as ``gallery.json`` holds them.
 
     Args:
-        groups_before: the scored greedy answers of the evaluation before training, one sample each.
-        groups_after: the same after training; ``None`` if that is not known yet (see :func:`add_after`).
+        groups: the scored greedy answers of the evaluation before training, one sample each.
         limit: number of places; fewer are filled if too few answers made a false claim.
-        check: replaces :func:`skyrl.rewards.claims.check_claims`.
     """
-    check = _checker(check)
     entries: list[dict[str, Any]] = []
     places_first = limit - limit // 2
-    for position, group in enumerate(groups_before):
+    for position, group in enumerate(groups):
         if len(entries) >= limit:
             break
-        before = _answer(group.prompt, _first_sample(group), check)
+        before = _answer(group)
         if position >= places_first and all(claim["true"] for claim in before["claims"]):
             continue
         prompt = group.prompt
@@ -115,28 +91,22 @@ def gallery_entries(
                 "after": None,
             }
         )
-    return entries if groups_after is None else add_after(entries, groups_after, check=check)
+    return entries
 
 
-def add_after(
-    entries: Iterable[Mapping[str, Any]],
-    groups_after: Sequence[SampleGroup],
-    *,
-    check: CheckClaims | None = None,
-) -> list[dict[str, Any]]:
+def add_after(entries: Iterable[Mapping[str, Any]], groups: Sequence[SampleGroup]) -> list[dict[str, Any]]:
     """The entries with their side after training filled in, also for entries that a resumed run read back.
 
     Raises:
         DataError: if a prompt of the gallery was not evaluated again.
     """
-    check = _checker(check)
-    by_id = {group.prompt.id: group for group in groups_after}
+    by_id = {group.prompt.id: group for group in groups}
     filled = []
     for entry in entries:
         group = by_id.get(entry["id"])
         if group is None:
             raise DataError(f"prompt {entry['id']!r} of the gallery is missing among {len(by_id)} evaluated prompts")
-        filled.append({**entry, "after": _answer(group.prompt, _first_sample(group), check)})
+        filled.append({**entry, "after": _answer(group)})
     return filled
 
 
@@ -163,7 +133,7 @@ def _answer_html(title: str, answer: Mapping[str, Any] | None) -> str:
     """One side of an entry."""
     if answer is None:
         return f'<div class="answer"><h4>{title}</h4><p class="quiet">not evaluated</p></div>'
-    verdict, css = ("✓ correct", "good") if answer["correct"] else ("✗ wrong", "bad")
+    verdict, css = ("✓ right", "good") if answer["right"] else ("✗ wrong", "bad")
     if answer.get("error"):
         verdict, css = f"not scored: {escape(answer['error'])}", "bad"
     return (

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from ray.util.metrics import Gauge
 
-from skyrl.interfaces import Metrics
+from skyrl.records import Metrics
 
 
 class RayGaugeSink:
-    """Implements ``MetricSink``: ``reward/rule`` becomes the gauge ``skyrl_reward_rule``, tagged with the run."""
+    """``reward/rule`` becomes the gauge ``skyrl_reward_rule``, tagged with the run."""
 
     def __init__(self, run: str) -> None:
         self.tags = {"run": run}
@@ -19,8 +18,6 @@ class RayGaugeSink:
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in ({"step": float(step)} | metrics).items():
-            if math.isnan(value):  # Prometheus would show a gap as NaN forever
-                continue
             if name not in self._gauges:
                 self._gauges[name] = Gauge("skyrl_" + re.sub(r"\W", "_", name), tag_keys=("run",))
             self._gauges[name].set(value, tags=self.tags)

@@ -8,10 +8,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from skyrl.records import SkyrlError
+from skyrl.objective.hybrid import STEP_STATS, TERMS, own_terms
+from skyrl.objective.term import Term
+from skyrl.records import ConfigError, SkyrlError
+from skyrl.settings import Config
 
 
 class MetricError(SkyrlError):
@@ -50,129 +53,80 @@ def _threshold(prefix: str, what: str) -> dict[str, MetricInfo]:
     }
 
 
+def _of_term(term: type[Term] | Term) -> dict[str, MetricInfo]:
+    return {f"loss/{term.name}": _M("-", term.text)} | {stat.name: _M(stat.unit, stat.text) for stat in term.stats}
+
+
 METRICS: dict[str, MetricInfo] = {
-    # ---- loss
-    "loss/total": _M("-", "The value that is minimised: the GRPO and MPO terms, each times its weight, summed."),
-    "loss/grpo": _M(
-        "-", "GRPO surrogate (with its KL penalty) before its weight, averaged as `algorithm.grpo.aggregation` says."
-    ),
-    "loss/mpo": _M("-", "MPO term before its weight: preference, quality and generation terms, each times its own."),
-    "loss/preference": _M("nats", "DPO term before its weight, mean over the preference pairs of the step."),
-    "loss/quality": _M("nats", "BCO term before its weight, mean over the preference pairs of the step."),
-    "loss/generation": _M("nats", "Negative log-likelihood of the chosen answers before its weight, mean over pairs."),
-    # ---- grpo
-    "grpo/clip_fraction": _M("share", "Answer tokens where the clip decides, of the step's GRPO tokens."),
-    "grpo/dual_clip_fraction": _M(
-        "share",
-        "Answer tokens with a negative advantage whose objective the dual clip holds, of the step's GRPO tokens.",
-    ),
-    "grpo/masked_fraction": _M(
-        "share",
-        "Answer tokens left out because learner and sampling policy disagree too much, of the step's GRPO tokens.",
-    ),
-    "grpo/truncated_fraction": _M(
-        "share", "Answer tokens whose mismatch weight was cut to the cap, of the step's GRPO tokens."
-    ),
-    "grpo/mismatch_mean": _M(
-        "-",
-        "Mean over GRPO tokens of the probability ratio of the policy at the start of the step to the sampling policy.",
-    ),
-    "grpo/ratio_mean": _M(
-        "-",
-        "Mean over GRPO tokens of the ratio that the surrogate uses, learner to sampling policy; 1 by construction "
-        "with a mismatch correction.",
-    ),
-    "grpo/ratio_max": _M("-", "Largest such ratio over the GRPO tokens of the step."),
-    "grpo/kl_behaviour": _M("nats", "KL divergence of learner and sampling policy (k3), mean over GRPO tokens."),
-    "grpo/kl_reference": _M("nats", "KL divergence of learner and reference policy (k3), mean over GRPO tokens."),
+    "loss/total": _M("-", "The value that is minimised: the terms that are trained, each times its weight, summed."),
+    # ---- what the terms of the loss and the learner's step declare themselves
+    **{name: info for term in TERMS for name, info in _of_term(term).items()},
+    **{stat.name: _M(stat.unit, stat.text) for stat in STEP_STATS},
     # ---- mpo
-    "mpo/margin": _M("nats", "Implicit reward of the chosen minus that of the rejected answer, mean over pairs."),
-    "mpo/accuracy": _M("share", "Pairs whose chosen answer has the larger implicit reward, of all pairs of the step."),
-    "mpo/chosen_reward": _M("nats", "Implicit reward beta·log(policy/reference) of chosen answers, mean over pairs."),
-    "mpo/rejected_reward": _M("nats", "The same implicit reward of the rejected answers, mean over pairs."),
     "mpo/pairs": _M("pairs", "Preference pairs trained on in the step."),
-    "mpo/kl_reference": _M(
-        "nats", "KL divergence of learner and reference policy (k3), mean over the answer tokens of the pairs."
-    ),
     "mpo/reference_age": _M("steps", "Steps since the reference became the policy, before this step (iterated MPO)."),
     "mpo/delta": _M("nats", "BCO's reward shift: the running mean of the implicit rewards that its term subtracts."),
     # ---- learner
     "learner/grad_norm": _M("-", "L2 norm of the whole gradient before clipping."),
     "learner/lr": _M("-", "Learning rate of the step."),
-    "learner/entropy": _M(
-        "nats", "Entropy of the learner's next-token distribution, mean over all answer tokens trained on."
-    ),
     "learner/tokens": _M("tokens", "Answer tokens trained on in the step, over all ranks."),
-    "learner/distinct_share": _M(
-        "share",
+    "learner/distinct_share": _M("share",
         "Part of the train batch that is left when equal answers to one prompt count once, over the whole step; a "
-        "forward pass runs equal rows of its own micro-batch once.",
-    ),
+        "forward pass runs equal rows of its own micro-batch once."),
     "learner/micro_batches": _M("batches", "Forward passes into which the step was cut, of the rank with most."),
-    "learner/logprob_gap_fresh": _M(
-        "nats",
-        "Largest difference of the rollout's and the learner's log-probability over the tokens of fresh answers, "
-        "before the update; absent where none is recorded (offline MPO).",
-    ),
     # ---- reward
     "reward/total": _M("-", "Total hybrid reward, mean over the scored answers of the step."),
     "reward/rule": _M("share", "Verifier's score in [0, 1], mean over the scored answers of the step."),
     "reward/format": _M("share", "Answers that keep the think/answer form, of the scored answers of the step."),
     "reward/model": _M("-", "Raw score of the reward model (unbounded), mean over the scored answers of the step."),
+    "reward/length_penalty": _M("-",
+        "Soft penalty for length near the limit (DAPO), mean over the answers sampled in the step."),
     "reward/errors": _M("answers", "Answers that could not be scored; they take no part in training."),
     "reward/accuracy": _M("share", "Sampled (not greedy) answers with the full rule score, of the scored answers."),
     # ---- response
     "response/length_mean": _M("tokens", "Length of an answer, mean over the answers sampled in the step."),
     "response/truncated_share": _M("share", "Answers that the length limit ended, of all answers sampled in the step."),
-    "response/repetition": _M(
-        "share", "Token 4-grams that occurred before in the same answer, mean over the step's answers."
-    ),
+    "response/left_out_share": _M("share",
+        "Answers that the length limit ended and that therefore train nothing, of all answers sampled in the step."),
+    "response/repetition": _M("share",
+        "Token 4-grams that occurred before in the same answer, mean over the step's answers."),
     # ---- hallucination
-    "hallucination/rate": _M(
-        "share",
-        "Answers with at least one false claim about the picture, of the sampled answers to prompts whose picture "
-        "has known facts.",
-    ),
-    "hallucination/false_claim_share": _M(
-        "share", "False claims, of all checkable claims about pictures made in the step's answers (CHAIR_i)."
-    ),
-    "hallucination/coverage": _M(
-        "share", "Answers with at least one checkable claim, of the answers to prompts whose picture has known facts."
-    ),
+    "hallucination/rate": _M("share",
+        "Answers with at least one false claim about the picture, of the sampled answers to prompts whose picture has "
+        "known facts."),
+    "hallucination/false_claim_share": _M("share",
+        "False claims, of all checkable claims about pictures made in the step's answers (CHAIR_i)."),
+    "hallucination/coverage": _M("share",
+        "Answers with at least one checkable claim, of the answers to prompts whose picture has known facts."),
     # ---- thresholds
     **_threshold("threshold", "the reward-model margin of a preference pair"),
     **_threshold("gate", "the reward-model score of answers that are right by the rule"),
-    "gate/withheld_share": _M(
-        "share", "Answers right by the rule whose reinforcement the gate withheld, of the step's right answers."
-    ),
+    "gate/withheld_share": _M("share",
+        "Answers right by the rule whose reinforcement the gate withheld, of the step's right answers."),
     # ---- buffer
-    "buffer/effective_share_fresh": _M(
-        "share", "Fresh answers whose rule advantage is not 0, of all answers sampled in the step: without the buffer."
-    ),
-    "buffer/effective_share": _M(
-        "share",
+    "buffer/effective_share_fresh": _M("share",
+        "Fresh answers whose rule advantage is not 0, of all answers sampled in the step: without the buffer."),
+    "buffer/effective_share": _M("share",
         "Fresh effective (without what a gate withholds) and replayed answers together, of the places of the rollout "
-        "batch (all answers sampled in the step): with the buffer.",
-    ),
+        "batch (all answers sampled in the step): with the buffer."),
     "buffer/size": _M("samples", "Samples in the buffer after the step's exchange."),
     "buffer/age_mean": _M("versions", "Policy versions since sampling, mean over the replayed samples of the step."),
     "buffer/age_max": _M("versions", "Policy versions since sampling of the oldest replayed sample of the step."),
-    "buffer/prompts": _M(
-        "prompts", "Sampled groups that the buffer holds samples of; a prompt sampled twice counts twice."
-    ),
-    "buffer/mass": _M(
-        "-", "Sum of the sampling priorities over the buffer: |advantage|^alpha, by group its mean, times recency."
-    ),
+    "buffer/prompts": _M("prompts",
+        "Sampled groups that the buffer holds samples of; a prompt sampled twice counts twice."),
+    "buffer/mass": _M("-",
+        "Sum of the sampling priorities over the buffer: |advantage|^alpha, by group its mean, times recency."),
     "buffer/replayed": _M("samples", "Replayed samples in the batch of the step."),
     "buffer/pairs_share": _M("pairs/prompt", "Preference pairs formed in the step, per fresh prompt of the step."),
     "batch/items": _M("samples", "Samples in the batch: fresh, replayed, and those there only for a preference pair."),
+    "batch/lag_mean": _M("versions",
+        "Policy versions between an answer's sampling and its training, mean over the step's fresh answers."),
+    "batch/lag_max": _M("versions", "The largest such number; `controller.lag` bounds it."),
     # ---- sync
-    "sync/logprob_gap": _M(
-        "nats", "Largest difference of rollout and learner log-probability over the probe's tokens, after a sync."
-    ),
-    "sync/logprob_gap_mean": _M(
-        "nats", "The mean difference over the same tokens; in 16 bits on CUDA it is the one judged."
-    ),
+    "sync/logprob_gap": _M("nats",
+        "Largest difference of rollout and learner log-probability over the probe's tokens, after a sync."),
+    "sync/logprob_gap_mean": _M("nats",
+        "The mean difference over the same tokens; in 16 bits on CUDA it is the one judged."),
     "sync/retries": _M("syncs", "Weight syncs that had to be sent a second time because the first probe failed."),
     "sync/seconds": _M("s", "Wall time of the weight transfer and its probe."),
     "sync/megabytes": _M("MB", "Size of the weights sent to each rollout worker (10^6 bytes)."),
@@ -184,52 +138,63 @@ METRICS: dict[str, MetricInfo] = {
     "time/learner": _M("s", "Wall time of the learner in the step."),
     "time/sync": _M("s", "Wall time of the weight sync in the step."),
     "time/step": _M("s", "Wall time of the whole training step, without evaluation and checkpoint."),
+    "overlap/rollout": _M("s", "Sampling for later steps that ran while the learner worked, in the step."),
     "throughput/samples_per_second": _M("samples/s", "Answers sampled in the step, per second of `time/step`."),
     "throughput/tokens_per_second": _M("tokens/s", "Answer tokens sampled in the step, per second of `time/step`."),
     # ---- eval
     "eval/accuracy": _M("share", "Greedy answers with the full rule score, of the scored evaluation prompts."),
     "eval/accuracy/<kind>": _M("share", "The same for the evaluation prompts of one kind."),
     "eval/format": _M("share", "Greedy answers that keep the think/answer form, of the scored evaluation prompts."),
-    "eval/hallucination": _M(
-        "share",
+    "eval/hallucination": _M("share",
         "Greedy answers with at least one false claim about the picture, of the evaluation prompts whose picture has "
-        "known facts.",
-    ),
+        "known facts."),
     "eval/hallucination/<kind>": _M("share", "The same for the evaluation prompts of one kind."),
     "eval/false_claim_share": _M("share", "False claims, of all checkable claims in the greedy answers (CHAIR_i)."),
-    "eval/coverage": _M(
-        "share", "Greedy answers with at least one checkable claim, of the evaluation prompts with known facts."
-    ),
+    "eval/coverage": _M("share",
+        "Greedy answers with at least one checkable claim, of the evaluation prompts with known facts."),
     "eval/length_mean": _M("tokens", "Length of a greedy answer, mean over the evaluation prompts."),
     "eval/truncated_share": _M("share", "Greedy answers that the length limit ended, of the evaluation prompts."),
     "eval/reward_model": _M("-", "Raw score of the reward model, mean over the scored evaluation prompts."),
     "eval/errors": _M("answers", "Greedy answers that could not be scored."),
     "eval/repetition": _M("share", "Token 4-grams that occurred before in the same greedy answer, mean over answers."),
-    "eval/gate_rejected": _M(
-        "share",
-        "Right answers that the reward model scores below the gate, of the right answers with such a score.",
-    ),
-    "eval/gate_hallucination_rejected": _M(
-        "share", "Answers with a false claim, of the right ones below the gate whose picture has known facts."
-    ),
-    "eval/gate_hallucination_accepted": _M(
-        "share", "Answers with a false claim, of the right ones at or above the gate whose picture has known facts."
-    ),
+    "eval/gate_rejected": _M("share",
+        "Right answers that the reward model scores below the gate, of the right answers with such a score."),
+    "eval/gate_hallucination_rejected": _M("share",
+        "Answers with a false claim, of the right ones below the gate whose picture has known facts."),
+    "eval/gate_hallucination_accepted": _M("share",
+        "Answers with a false claim, of the right ones at or above the gate whose picture has known facts."),
     "eval/denial": _M("share", "Answers that deny seeing a picture, of the answers to prompts with a picture."),
-    "eval/blind_agreement": _M(
-        "share", "Prompts whose extracted answer is the same with and without the picture, of the blind prompts."
-    ),
+    "eval/blind_agreement": _M("share",
+        "Prompts whose extracted answer is the same with and without the picture, of the blind prompts."),
     "eval/blind_accuracy": _M("share", "Right answers without the picture, of the prompts scored both times."),
     "eval/blind_accuracy_drop": _M("-", "Accuracy with minus accuracy without the picture, on the same prompts."),
     "eval/blind_prompts": _M("prompts", "Evaluation prompts asked again without their picture."),
-    "eval/picture_drop": _M(
-        "nats",
-        "Log-probability of the greedy answers with the picture minus with most of it blackened, mean over tokens.",
-    ),
+    "eval/picture_drop": _M("nats",
+        "Log-probability of the greedy answers with the picture minus with most of it blackened, mean over tokens."),
     "eval/probe_seconds": _M("s", "Wall time of the image-blind and the masked-picture probe, a part of eval/seconds."),
     "eval/own/<name>": _M("-", "Metric of a monitor that a plug-in registered."),
     "eval/seconds": _M("s", "Wall time of the evaluation."),
-}
+}  # fmt: skip
+"""Every metric of the library itself."""
+
+
+def metric_table(cfg: Config) -> dict[str, MetricInfo]:
+    """Every metric that a run may log: :data:`METRICS`, and what the terms of ``algorithm.terms`` declare.
+
+    Raises:
+        ConfigError: for such a term that can't be built, or whose metrics have the name of another.
+    """
+    table = dict(METRICS)
+    for term, _ in own_terms(cfg.algorithm):
+        names = [f"loss/{term.name}", *(stat.name for stat in term.stats)]
+        taken = {n for n in names if n in table or names.count(n) > 1 or any(p.fullmatch(n) for p in _PATTERNS)}
+        if taken:
+            raise ConfigError(
+                f"algorithm.terms: the term {term.name!r} ({term.key}) declares metrics that there are already: "
+                f"{', '.join(sorted(taken))}; give each a name of its own, such as {term.name}/…"
+            )
+        table |= _of_term(term)
+    return table
 
 
 def _pattern(name: str) -> re.Pattern[str]:
@@ -240,15 +205,18 @@ def _pattern(name: str) -> re.Pattern[str]:
 _PATTERNS = [_pattern(name) for name in METRICS if "<" in name]
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Check that every name (or every key of a metrics dictionary) is defined in :data:`METRICS`.
+def check_names(names: Iterable[str], table: Mapping[str, MetricInfo] = METRICS) -> None:
+    """Check that every name (or every key of a metrics dictionary) is defined.
+
+    Args:
+        table: :func:`metric_table` of the run, if it has terms of its own.
 
     Raises:
         MetricError: naming those that are not.
     """
-    unknown = [n for n in names if n not in METRICS and not any(p.fullmatch(n) for p in _PATTERNS)]
+    unknown = [n for n in names if n not in table and not any(p.fullmatch(n) for p in _PATTERNS)]
     if unknown:
-        prefixes = sorted({f"{name.split('/')[0]}/" for name in METRICS})
+        prefixes = sorted({f"{name.split('/')[0]}/" for name in table})
         raise MetricError(
             f"undefined metric {', '.join(map(repr, sorted(unknown)))}; allowed are the names in "
             f"skyrl.monitoring.metrics.METRICS, which begin with {', '.join(prefixes)}"
@@ -260,19 +228,22 @@ def markdown() -> str:
     lines = [
         "# Metrics",
         "",
-        "Generated by `python -m skyrl.monitoring.metrics`; change `src/skyrl/monitoring/metrics.py` instead.",
+        "Generated by `python -m skyrl.monitoring.metrics`: change `src/skyrl/monitoring/metrics.py` instead or, for a",
+        "statistic of the loss, the term in `src/skyrl/objective/` that declares it. A run with terms of its own",
+        "(`algorithm.terms`) has theirs too.",
         "",
         "A *share* is a number in [0, 1], *nats* are natural-log probabilities, `-` has no unit. *Fresh* answers were",
-        "sampled in this step, *replayed* ones come from the Selective Sample Buffer. A value without a denominator",
-        "in a step (no pairs, no pictures) is missing or NaN there, never 0.",
+        "sampled for this step, *replayed* ones come from the Selective Sample Buffer; *on-policy* ones were drawn by",
+        "the weights that the step starts from. A value without a denominator in a step (no pairs, no pictures) has no",
+        "entry there; it is never 0.",
     ]
-    section = ""
+    rows: dict[str, list[str]] = {}
     for name, info in METRICS.items():
-        if name.split("/")[0] != section:
-            section = name.split("/")[0]
-            lines += ["", f"## {section}", "", "| Name | Unit | Meaning |", "|---|---|---|"]
         # A pipe would end the table cell, even inside code.
-        lines.append(f"| `{name}` | {info.unit} | {info.description.replace('|', chr(92) + '|')} |")
+        text = info.description.replace("|", "\\|")
+        rows.setdefault(name.split("/")[0], []).append(f"| `{name}` | {info.unit} | {text} |")
+    for section, own in rows.items():
+        lines += ["", f"## {section}", "", "| Name | Unit | Meaning |", "|---|---|---|", *own]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -11,16 +10,18 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from skyrl.records import DataError
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` as plain JSON data: dataclasses become dictionaries, enums their values, NaN ``None``.
+    """``value`` as plain JSON data: settings become dictionaries, enums their values, infinity and NaN ``None``.
 
     JSON has no NaN or infinity, and many readers refuse the ones that Python writes.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, BaseModel):
+        return jsonable(dict(value))
     if isinstance(value, Enum):
         return jsonable(value.value)
     if isinstance(value, Mapping):

@@ -26,51 +26,39 @@ History = Sequence[Mapping[str, Any]]
 
 @dataclass(slots=True, frozen=True)
 class _Chart:
-    """What one chart shows: the legend's text for each metric."""
+    """What one chart shows: the text of the legend → the metric."""
 
     title: str
     unit: str
-    lines: tuple[tuple[str, str], ...]
+    lines: Mapping[str, str]
     from_zero: bool = True
 
 
 _CHARTS = (
-    _Chart(
-        "Accuracy",
-        "share",
-        (("evaluation (greedy)", "eval/accuracy"), ("training (sampled)", "reward/accuracy")),
-    ),
+    _Chart("Accuracy", "share", {"evaluation (greedy)": "eval/accuracy", "training (sampled)": "reward/accuracy"}),
     _Chart(
         "Hallucination rate",
         "share",
-        (("evaluation (greedy)", "eval/hallucination"), ("training (sampled)", "hallucination/rate")),
+        {"evaluation (greedy)": "eval/hallucination", "training (sampled)": "hallucination/rate"},
     ),
-    _Chart(
-        "Reward",
-        "-",
-        (("total", "reward/total"), ("rule", "reward/rule"), ("format", "reward/format")),
-    ),
+    _Chart("Reward", "-", {part: f"reward/{part}" for part in ("total", "rule", "format")}),
     _Chart(
         "Reward model, raw score",
         "-",
-        (("evaluation (greedy)", "eval/reward_model"), ("training (sampled)", "reward/model")),
+        {"evaluation (greedy)": "eval/reward_model", "training (sampled)": "reward/model"},
         from_zero=False,
     ),
     _Chart(
         "Effective share of the rollout batch",
         "share",
-        (("with SSB", "buffer/effective_share"), ("without SSB (fresh)", "buffer/effective_share_fresh")),
+        {"with SSB": "buffer/effective_share", "without SSB (fresh)": "buffer/effective_share_fresh"},
     ),
-    _Chart("Time per phase", "s", tuple((phase, f"time/{phase}") for phase in PHASES)),
-    _Chart("Loss", "-", (("total", "loss/total"), ("GRPO", "loss/grpo"), ("MPO", "loss/mpo")), from_zero=False),
+    _Chart("Time per phase", "s", {phase: f"time/{phase}" for phase in PHASES}),
+    _Chart("Loss", "-", {"total": "loss/total", "GRPO": "loss/grpo", "MPO": "loss/mpo"}, from_zero=False),
     _Chart(
         "MPO terms, before their weights",
         "nats",
-        (
-            ("preference (DPO)", "loss/preference"),
-            ("quality (BCO)", "loss/quality"),
-            ("generation (NLL)", "loss/generation"),
-        ),
+        {"preference (DPO)": "loss/preference", "quality (BCO)": "loss/quality", "generation (NLL)": "loss/generation"},
         from_zero=False,
     ),
 )
@@ -90,21 +78,15 @@ def _series(history: History, label: str, name: str) -> Series:
 def _charts(history: History) -> str:
     """All charts that have data."""
     window = smoothing_window(history)
-    drawn = [
-        line_chart(
-            chart.title,
-            [_series(history, label, name) for label, name in chart.lines],
-            unit=chart.unit,
-            window=window,
-            from_zero=chart.from_zero,
-        )
-        for chart in _CHARTS
-    ]
+    drawn = ""
+    for chart in _CHARTS:
+        lines = [_series(history, label, name) for label, name in chart.lines.items()]
+        drawn += line_chart(chart.title, lines, unit=chart.unit, window=window, from_zero=chart.from_zero)
     steps = "step" if window == 1 else f"{window} steps"
     return (
         f'<h2>Curves</h2><p class="quiet">Training: the bold line and the number at its end are the mean of the last '
         f"{steps}, the faint line is each step. Evaluation: one dot each. Hover for the values of a step.</p>"
-        f'<div class="charts">{"".join(drawn)}</div>'
+        f'<div class="charts">{drawn}</div>'
     )
 
 
@@ -119,19 +101,14 @@ def _tile(label: str, before: str, after: str = "–", note: str = "") -> str:
 def _tiles(summary: Mapping[str, Any]) -> str:
     """The figures at the top."""
 
-    def share(key: str) -> str:
-        return percent(summary.get(key))
+    def shares(label: str, first: str, second: str, note: str) -> str:
+        return _tile(label, percent(summary.get(first)), percent(summary.get(second)), note)
 
     gap = summary.get("sync_logprob_gap_max")
     tiles = [
-        _tile("Accuracy", share("accuracy_before"), share("accuracy_after"), "evaluation, before → after"),
-        _tile(
-            "Hallucination rate",
-            share("hallucination_before"),
-            share("hallucination_after"),
-            "answers with a false claim",
-        ),
-        _tile("Effective share", share("effective_share_fresh"), share("effective_share"), "fresh → with SSB, mean"),
+        shares("Accuracy", "accuracy_before", "accuracy_after", "evaluation, before → after"),
+        shares("Hallucination rate", "hallucination_before", "hallucination_after", "answers with a false claim"),
+        shares("Effective share", "effective_share_fresh", "effective_share", "fresh → with SSB, mean"),
         _tile("Training", duration(summary.get("seconds_training")), note=f"{number(summary.get('steps'))} steps"),
         _tile("Largest sync gap", f"{number(gap)}{'' if gap is None else ' nats'}", note="rollout against learner"),
     ]
@@ -171,9 +148,7 @@ def _gallery(entries: Sequence[Mapping[str, Any]]) -> str:
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """A nested configuration as dotted names and texts."""
     if isinstance(value, Mapping) and value:
-        return [
-            pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
+        return [pair for key, item in value.items() for pair in _flatten(item, f"{prefix}.{key}".removeprefix("."))]
     return [(prefix, "null" if value is None else str(value))]
 
 
@@ -186,14 +161,8 @@ def _details(title: str, value: Mapping[str, Any]) -> str:
 def _settings(summary: Mapping[str, Any]) -> str:
     """Configuration and versions."""
     machine = {key: summary[key] for key in ("python", "platform", "cpu_count") if key in summary}
-    return "<h2>Settings</h2>" + "".join(
-        _details(title, value)
-        for title, value in (
-            ("Configuration", summary.get("config") or {}),
-            ("Versions", {**(summary.get("versions") or {}), **machine}),
-        )
-        if value
-    )
+    tables = {"Configuration": summary.get("config"), "Versions": (summary.get("versions") or {}) | machine}
+    return "<h2>Settings</h2>" + "".join(_details(title, value) for title, value in tables.items() if value)
 
 
 def write_report(run_dir: Path, *, title: str | None = None) -> Path:
@@ -210,12 +179,9 @@ def write_report(run_dir: Path, *, title: str | None = None) -> Path:
     if not metrics.is_file():
         raise DataError(f"{run_dir} has no metrics.jsonl; allowed is the folder of a run")
     history = read_metrics(metrics)
-    summary: dict[str, Any] = {}
-    entries: list[Any] = []
-    if (run_dir / "summary.json").is_file():
-        summary = read_json(run_dir / "summary.json")
-    if (run_dir / "gallery.json").is_file():
-        entries = read_json(run_dir / "gallery.json")
+    summary_file, gallery_file = run_dir / "summary.json", run_dir / "gallery.json"
+    summary: dict[str, Any] = read_json(summary_file) if summary_file.is_file() else {}
+    entries: list[Any] = read_json(gallery_file) if gallery_file.is_file() else []
     heading = title or f"skyrl run: {(summary.get('config') or {}).get('name', run_dir.name)}"
     unfinished = "" if summary else '<p class="bad">This run has no summary: it has not ended, or it broke.</p>'
     style = resources.files("skyrl.monitoring").joinpath("report.css").read_text(encoding="utf-8")

@@ -9,23 +9,29 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from skyrl.interfaces import Metrics, MetricSink
-from skyrl.monitoring.console import ConsoleSink
-from skyrl.monitoring.metrics import check_names
+from skyrl.monitoring.console import ConsoleSink as ConsoleSink
+from skyrl.monitoring.metrics import METRICS, MetricInfo, check_names
 from skyrl.monitoring.records import jsonable, read_metrics, write_text_atomically
-from skyrl.records import ConfigError
+from skyrl.records import ConfigError, Metrics
 from skyrl.settings import WandbMode
-
-__all__ = ["ConsoleSink", "JsonlSink", "Sinks", "WandbSink", "wandb_logged_in", "wandb_mode"]
 
 logger = logging.getLogger(__name__)
 
 
+class MetricSink(Protocol):
+    """Where numbers go."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Sinks:
-    """Passes every call on to several sinks, after checking that each metric is defined.
+    """Passes every call on to several sinks, after checking that each metric is defined in ``table``
+    (:func:`skyrl.monitoring.metrics.metric_table` of the run).
 
     Example::
 
@@ -34,8 +40,8 @@ class Sinks:
         sinks.close()
     """
 
-    def __init__(self, sinks: Sequence[MetricSink]) -> None:
-        self._sinks = list(sinks)
+    def __init__(self, sinks: Sequence[MetricSink], table: Mapping[str, MetricInfo] = METRICS) -> None:
+        self._sinks, self._table = list(sinks), table
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Log ``metrics`` of ``step`` everywhere.
@@ -43,7 +49,7 @@ class Sinks:
         Raises:
             MetricError: if a name is not in the table of metrics.
         """
-        check_names(metrics)
+        check_names(metrics, self._table)
         for sink in self._sinks:
             sink.log(step, metrics)
 
@@ -57,7 +63,7 @@ class Sinks:
 class JsonlSink:
     """Appends one JSON object per call to a file, and flushes it, so that a killed run loses nothing.
 
-    NaN and infinity become ``null``.
+    Infinity and NaN, which JSON has not, become ``null``.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
@@ -84,30 +90,26 @@ class JsonlSink:
         self._file.close()
 
 
-def wandb_logged_in(environment: Mapping[str, str] | None = None) -> bool:
+def wandb_logged_in() -> bool:
     """True if a Weights & Biases key lies in ``WANDB_API_KEY`` or in the netrc file. Asks no server."""
-    env = os.environ if environment is None else environment
-    if env.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(env.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
-    path = Path(env.get("NETRC") or Path.home() / ".netrc")
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
         return netrc.netrc(str(path)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
-def wandb_mode(mode: WandbMode, environment: Mapping[str, str] | None = None) -> WandbMode:
+def wandb_mode(mode: WandbMode) -> WandbMode:
     """What ``auto`` means here: online when logged in and ``WANDB_MODE`` does not forbid it, else offline."""
     if mode is not WandbMode.auto:
         return mode
-    env = os.environ if environment is None else environment
-    wish = env.get("WANDB_MODE", "").lower()
+    wish = os.environ.get("WANDB_MODE", "").lower()
     if wish == "disabled":
         return WandbMode.off
-    if wish in ("offline", "dryrun") or not wandb_logged_in(env):
-        return WandbMode.offline
-    return WandbMode.online
+    return WandbMode.offline if wish in ("offline", "dryrun") or not wandb_logged_in() else WandbMode.online
 
 
 class WandbSink:
@@ -131,7 +133,7 @@ class WandbSink:
 
         Args:
             run_dir: its subfolder ``wandb`` is written to.
-            config: dataclass or mapping shown with the run.
+            config: settings or mapping shown with the run.
             timeout: seconds that starting online, and the last upload, may take.
         """
         self._run: Any = None
@@ -142,27 +144,20 @@ class WandbSink:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         run_dir.mkdir(parents=True, exist_ok=True)
         arguments = {"dir": str(run_dir), "project": project, "name": name, "config": jsonable(config or {})}
-        modes: list[Literal["online", "offline"]] = ["online", "offline"] if mode is WandbMode.online else ["offline"]
-        for attempt in modes:
-            if self._start(attempt, arguments, timeout):
-                return
-        logger.warning("no Weights & Biases run could be started; metrics.jsonl has every number")
+        if mode is WandbMode.online and self._start("online", arguments, timeout):
+            return
+        if not self._start("offline", arguments, timeout):
+            logger.warning("no Weights & Biases run could be started; metrics.jsonl has every number")
 
     def _start(self, mode: Literal["online", "offline"], arguments: Mapping[str, Any], timeout: float) -> bool:
         """Try to start a run; False, with a warning, if it can't be."""
         import wandb
         import wandb.errors
 
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            save_code=False,
-            disable_code=True,
-            disable_git=True,
-            init_timeout=timeout,
-            login_timeout=timeout,
-            finish_timeout=timeout,
-        )
+        quiet: dict[str, Any] = {"silent": True, "console": "off"}
+        own_files = {"save_code": False, "disable_code": True, "disable_git": True}
+        limits = {f"{what}_timeout": timeout for what in ("init", "login", "finish")}
+        settings = wandb.Settings(**quiet, **own_files, **limits)
         try:
             self._run = wandb.init(mode=mode, settings=settings, **arguments)
         except (wandb.errors.Error, OSError, RuntimeError, ValueError) as error:

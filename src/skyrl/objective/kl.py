@@ -16,9 +16,12 @@ tokens, which π did not draw, it is an approximation.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from skyrl.settings import KlEstimator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
 """|log ρ| is cut here: e^20 ≈ 4.9e8 is far outside any clip range, while e^89 overflows float32. Beyond it a

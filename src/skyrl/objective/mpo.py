@@ -10,30 +10,28 @@ m = β h_c − β h_r::
 
 ε, ``label_smoothing``, is the probability that a pair's labels are the wrong way round (Mitchell, 2023); the paper has
 0. Without a reference (``reference_free``, or nothing but L_generation is trained) h = log π_θ, in the statistics too.
-
-The sums of :func:`mpo_loss`, over pairs, with the convention of :mod:`skyrl.objective.grpo`: ``mpo_loss`` (before the
-division), ``mpo_preference``, ``mpo_quality``, ``mpo_generation`` (each without its weight), ``mpo_margin`` (m),
-``mpo_correct`` (pairs with h_c > h_r; a tie, as at θ = π_0, does not count), ``mpo_chosen_reward`` (β h_c),
-``mpo_rejected_reward`` (β h_r), ``mpo_pairs``.
+All sums and |y_c| go over the tokens of ``Sample.mask``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.nn.functional import softplus
-
-from skyrl.objective.grpo import Stats
+from skyrl.objective.kl import kl_k3
+from skyrl.objective.term import BatchView, Stat, Stats, Term
+from skyrl.records import TrainBatch
 from skyrl.settings import DeltaKind, MpoConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def loss_weights(cfg: MpoConfig, progress: float) -> tuple[float, float, float]:
     """``(w1, w2, w3)`` at a point of the run: linear from ``X_weight`` to ``X_weight_end``, constant if that is null.
 
     Args:
-        progress: 0 at the first step of the run, 1 at its last.
+        progress: 0 at the first step of the stage, 1 at its last.
 
     Raises:
         ValueError: for progress outside 0 … 1.
@@ -62,119 +60,108 @@ def compares_with_reference(cfg: MpoConfig) -> bool:
     return not cfg.reference_free and (preference or uses_delta(cfg))
 
 
-def mpo_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-    chosen_lengths: Tensor,
-    delta: float,
-    cfg: MpoConfig,
-    denominator: int,
-    weights: tuple[float, float, float],
-) -> tuple[Tensor, Stats]:
-    """Mixed preference loss (Skywork R1V2, Eqs. 2-5) of some pairs of a step, to be minimised.
-
-    The sum over the given pairs is divided by the pairs of the whole step, so the losses of all micro-batches
-    and ranks add up to the loss of the step.
-
-    Args:
-        chosen_logps, rejected_logps: [pairs] log π_θ of the answers, summed over their tokens, with gradient.
-        ref_chosen, ref_rejected: [pairs], the same under the reference π_0; no gradient flows into them. Not read with
-            ``cfg.reference_free``; both None where nothing compares with a reference.
-        chosen_lengths: [pairs] answer tokens |y_c|, at least 1.
-        delta: δ of :class:`RunningDelta`, already updated with this step.
-        cfg: β and ε; ``cfg.weight`` is not applied here (see ``objective``).
-        denominator: pairs in the whole step; 0 if it has none.
-        weights: w1 … w3 of :func:`loss_weights`.
-
-    Returns:
-        ``(loss, sums)``: a scalar and the sums that the module describes.
-
-    Raises:
-        ValueError: for shapes that differ, a negative denominator, or a missing reference where ``cfg`` has terms that
-            compare with one.
-    """
-    if cfg.reference_free:
-        ref_chosen = ref_rejected = None
-    elif ref_chosen is None and compares_with_reference(cfg):
-        raise ValueError("the reference is None; allowed: [pairs], or algorithm.mpo.reference_free")
-    if chosen_lengths.shape != chosen_logps.shape:
-        raise ValueError(
-            f"chosen_lengths has shape {tuple(chosen_lengths.shape)}; allowed: {tuple(chosen_logps.shape)}"
-        )
-    if denominator < 0:
-        raise ValueError(f"denominator is {denominator}; allowed: 0 or more")
-    chosen_shift, rejected_shift = _shifts(chosen_logps, rejected_logps, ref_chosen, ref_rejected)
-    chosen_reward, rejected_reward = cfg.beta * chosen_shift, cfg.beta * rejected_shift
-    margin = chosen_reward - rejected_reward
-    # −log σ(x) = softplus(−x), which does not overflow.
-    preference = (1 - cfg.label_smoothing) * softplus(-margin) + cfg.label_smoothing * softplus(margin)
-    quality = softplus(delta - chosen_reward) + softplus(rejected_reward - delta)
-    generation = -chosen_logps / chosen_lengths.clamp(min=1)
-    w1, w2, w3 = weights
-    total = (w1 * preference + w2 * quality + w3 * generation).sum()
-    terms = {
-        "mpo_preference": preference,
-        "mpo_quality": quality,
-        "mpo_generation": generation,
-        "mpo_margin": margin,
-        "mpo_correct": margin > 0,
-        "mpo_chosen_reward": chosen_reward,
-        "mpo_rejected_reward": rejected_reward,
-    }
-    sums = {name: term.detach().double().sum() for name, term in terms.items()}
-    sums["mpo_loss"] = total.detach().double()
-    sums["mpo_pairs"] = total.new_tensor(margin.numel()).double()
-    return total / max(denominator, 1), sums
+def pair_members(batch: TrainBatch) -> set[int]:
+    """Items of a step that are in a pair."""
+    return {i for pair in batch.pairs for i in (pair.chosen, pair.rejected)}
 
 
-def implicit_reward_sum(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-    beta: float,
-) -> Tensor:
-    """Σ (β h_c + β h_r) over some pairs, detached float64: the part of δ that one rank sees.
+class Mpo(Term):
+    """Reads pairs only."""
 
-    δ enters the loss non-linearly, so it must be known before the first backward pass, and it must be the
-    same for every micro-batch and rank. A learner therefore runs, once a step: log-probabilities of all pair
-    members without gradient; this sum over its own pairs; the sum over ranks; ``delta.update(sum / (2 * pairs))``
-    with the pairs of the whole step; and only then the loss, with that δ.
+    name, per = "mpo", "pairs"
+    text = "MPO term before its weight: preference, quality and generation terms, each times its own."
+    Settings = MpoConfig
+    settings: MpoConfig
+    stats = (
+        Stat("loss/preference", "pairs", "nats",
+            "DPO term before its weight, mean over the preference pairs of the step."),
+        Stat("loss/quality", "pairs", "nats",
+            "BCO term before its weight, mean over the preference pairs of the step."),
+        Stat("loss/generation", "pairs", "nats",
+            "Negative log-likelihood of the chosen answers before its weight, mean over pairs."),
+        Stat("mpo/margin", "pairs", "nats",
+            "Implicit reward of the chosen minus that of the rejected answer, mean over pairs."),
+        # A tie, as at θ = π_0, does not count.
+        Stat("mpo/accuracy", "pairs", "share",
+            "Pairs whose chosen answer has the larger implicit reward, of all pairs of the step."),
+        Stat("mpo/chosen_reward", "pairs", "nats",
+            "Implicit reward beta·log(policy/reference) of chosen answers, mean over pairs."),
+        Stat("mpo/rejected_reward", "pairs", "nats",
+            "The same implicit reward of the rejected answers, mean over pairs."),
+        # On tokens that π_θ did not draw (offline pairs, blind continuations) that is only an indication.
+        Stat("mpo/kl_reference", "pair_tokens", "nats",
+            "KL divergence of learner and reference policy (k3), mean over the answer tokens of the pairs.",
+            when=compares_with_reference),
+    )  # fmt: skip
 
-    Args:
-        chosen_logps, rejected_logps, ref_chosen, ref_rejected: [pairs], as in :func:`mpo_loss`.
-        beta: β.
+    def __init__(self, settings: MpoConfig, key: str = "") -> None:
+        super().__init__(settings, key)
+        self.uses_reference = compares_with_reference(settings)
 
-    Raises:
-        ValueError: for shapes that differ.
-    """
-    chosen_shift, rejected_shift = _shifts(chosen_logps, rejected_logps, ref_chosen, ref_rejected)
-    return beta * (chosen_shift + rejected_shift).detach().double().sum()
+    def compared(self, batch: TrainBatch) -> set[int]:
+        return pair_members(batch) if self.uses_reference else set()
+
+    def loss(self, view: BatchView) -> tuple[Tensor, Stats]:
+        """Mixed preference loss, to be minimised, with the δ of the view, already updated with this step.
+
+        Raises:
+            ValueError: for a missing reference where the settings have terms that compare with one.
+        """
+        import torch
+        from torch.nn.functional import softplus
+
+        cfg, delta, references = self.settings, view.delta, view.reference
+        if cfg.reference_free:
+            references = None
+        elif references is None and self.uses_reference:
+            if len(view.chosen):
+                raise ValueError("the reference is None; allowed: [B, T], or algorithm.mpo.reference_free")
+            references = view.logprobs.detach()  # a step without a pair has nothing to compare
+        sums = view.row_sums(view.logprobs)
+        chosen_logps = sums[view.chosen]
+        shifts = sums if references is None else sums - view.row_sums(references).detach()
+        chosen_reward, rejected_reward = cfg.beta * shifts[view.chosen], cfg.beta * shifts[view.rejected]
+        margin = chosen_reward - rejected_reward
+        # −log σ(x) = softplus(−x), which does not overflow.
+        preference = (1 - cfg.label_smoothing) * softplus(-margin) + cfg.label_smoothing * softplus(margin)
+        quality = softplus(delta - chosen_reward) + softplus(rejected_reward - delta)
+        generation = -chosen_logps / view.mask.sum(1)[view.chosen].clamp(min=1)
+        w1, w2, w3 = loss_weights(cfg, view.progress)
+        parts = {
+            "loss/preference": preference,
+            "loss/quality": quality,
+            "loss/generation": generation,
+            "mpo/margin": margin,
+            "mpo/accuracy": margin > 0,
+            "mpo/chosen_reward": chosen_reward,
+            "mpo/rejected_reward": rejected_reward,
+        }
+        stats = {name: part.detach().double().sum() for name, part in parts.items()}
+        if self.uses_reference and references is not None:
+            members = torch.cat([view.chosen, view.rejected])
+            k3 = kl_k3(view.logprobs.detach()[members], references[members])
+            stats["mpo/kl_reference"] = k3.masked_fill(~view.mask[members], 0.0).double().sum()
+        return (w1 * preference + w2 * quality + w3 * generation).sum(), stats
 
 
 class RunningDelta:
     """δ of the quality term: a moving average, over steps, of each step's mean of concat(β h_c, β h_r).
 
-    Every step counts the same, whatever its number of pairs. ``update`` comes before the use in a step's loss,
-    so at the first step δ is that step's own mean. δ is state: it belongs into a checkpoint.
+    δ enters the loss non-linearly, so it must be known before the first backward pass, and it must be the same for
+    every micro-batch and rank: the learner takes log π_θ of all pair members at the start of the step, adds β h over
+    ranks, calls :meth:`update` with the mean, and only then computes the loss.
 
-    When the reference is refreshed (iterated MPO), h falls back to 0 but δ goes on from where it is: a cumulative mean
-    then forgets the old reference slowly, an exponential one at the pace of its decay.
+    Every step counts the same, whatever its number of pairs; at the first one δ is its own mean. δ is state: it belongs
+    into a checkpoint. When the reference is refreshed (iterated MPO), h falls back to 0 but δ goes on from where it is:
+    a cumulative mean then forgets the old reference slowly, an exponential one at the pace of its decay.
 
     Args:
         kind: ``cumulative``, the mean of all steps, or ``exponential``: δ ← decay · δ + (1 − decay) · mean, started by
             the first step's mean.
         decay: of the exponential one, 0 or more and below 1.
-
-    Raises:
-        ValueError: for another decay.
     """
 
     def __init__(self, kind: DeltaKind, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay of delta is {decay}; allowed: 0 or more and below 1")
         self.kind, self.decay = kind, decay
         self.value = 0.0
         self.updates = 0
@@ -183,12 +170,11 @@ class RunningDelta:
         """Take in the mean implicit reward of one whole step and return the new δ.
 
         Args:
-            batch_mean: Σ (β h_c + β h_r) / (2 · pairs) over the whole step; see :func:`implicit_reward_sum`.
+            batch_mean: Σ (β h_c + β h_r) / (2 · pairs) over the whole step.
 
         Raises:
             ValueError: if it is not finite.
         """
-        batch_mean = float(batch_mean)
         if not math.isfinite(batch_mean):
             raise ValueError(f"mean implicit reward is {batch_mean}; allowed: finite")
         self.updates += 1
@@ -203,19 +189,3 @@ class RunningDelta:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.value = float(state["value"])
         self.updates = int(state["updates"])
-
-
-def _shifts(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """h_c and h_r, [pairs] each; h = log π_θ without a reference."""
-    given = [chosen, rejected] + [reference for reference in (ref_chosen, ref_rejected) if reference is not None]
-    shapes = [tuple(tensor.shape) for tensor in given]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 1 or len(given) == 3:
-        raise ValueError(
-            f"chosen, rejected and their references have shapes {shapes}; allowed: [pairs] four times, or twice "
-            "without a reference"
-        )
-    if ref_chosen is None or ref_rejected is None:
-        return chosen, rejected
-    return chosen - ref_chosen.detach(), rejected - ref_rejected.detach()

@@ -1,4 +1,4 @@
-"""Masked sums and means, and per-token log-probabilities from logits."""
+"""Per-token log-probabilities from logits."""
 
 from __future__ import annotations
 
@@ -10,35 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**26
 """Logits turned to float32 at one time by :func:`token_logprobs` (256 MiB)."""
-
-
-def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of ``values`` where ``mask`` is set, over ``dim`` or over everything.
-
-    Masked entries may be infinite or nan: they reach neither the sum nor the gradient.
-
-    Args:
-        values: any shape.
-        mask: same shape, bool or 0/1.
-        dim: the axis to sum over; ``None`` sums over all.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if values.shape != mask.shape:
-        raise ValueError(f"values have shape {tuple(values.shape)} but mask has {tuple(mask.shape)}; allowed: equal")
-    kept = values.masked_fill(~mask.bool(), 0.0)
-    return kept.sum() if dim is None else kept.sum(dim)
-
-
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of ``values`` where ``mask`` is set; 0 where nothing is set.
-
-    Args and errors: as :func:`masked_sum`.
-    """
-    total = masked_sum(values, mask, dim)
-    count = mask.bool().sum() if dim is None else mask.bool().sum(dim)
-    return total / count.clamp(min=1)
 
 
 def token_logprobs(

@@ -6,19 +6,25 @@ model's own forward. The only assumption is that they can be joined along the pi
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from skyrl.policy.chat import ChatTemplate
 from skyrl.records import ConfigError, DataError, Prompt
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 TEXT_KEYS = frozenset({"input_ids", "attention_mask"})
 TYPE_KEYS = frozenset({"token_type_ids", "mm_token_type_ids"})
 """[1, P]: which prompt tokens are a picture's. Qwen's positions and Gemma's attention mask are made from them."""
+PICTURE_ROLES = ("image_token", "video_token", "audio_token")
 CACHED_PROMPTS = 2048
 
 
@@ -51,71 +57,151 @@ class PromptEncoder:
     Args:
         processor: What ``AutoProcessor.from_pretrained`` returns for the policy, or a plain tokenizer for a
             text-only model.
+        chat_template_kwargs: Further variables of the chat template.
+        stop_ids: Tokens that may end an answer, beside the tokenizer's end of sequence.
+        tags: Can be sampled, and stay in texts, even if the tokenizer calls them special; the first opens reasoning.
+
+    Raises:
+        ConfigError: if the chat template is missing or of no use, or if nothing can end an answer.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        stop_ids: Sequence[int] = (),
+        tags: tuple[str, ...] = TAGS,
+    ) -> None:
         self.processor = processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.tokenizer = tokenizer = getattr(processor, "tokenizer", processor)
         self.image_token: str | None = getattr(processor, "image_token", None)
         self.image_token_id: int | None = getattr(processor, "image_token_id", None)
-        self.pad_id = int(self.tokenizer.pad_token_id or 0)
+        self.pad_id = int(tokenizer.pad_token_id or 0)
         """Fills rows up; 0 where the tokenizer has no such token. The attention mask hides it either way."""
-        self._cache: OrderedDict[str, tuple[np.ndarray, dict[str, torch.Tensor]]] = OrderedDict()
+        self._chat = ChatTemplate(processor, chat_template_kwargs or {}, in_parts=self.image_token is not None)
+        # The former lists named roles only; `<global-img>`, for example, has none.
+        added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
+        special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        special |= {i: str(token) for i, token in added.items() if token.special}
+        special.pop(None, None)  # a role may be given to a token that does not exist
+        ends = [i for i in (tokenizer.eos_token_id, *stop_ids) if i is not None]
+        self.turn_end_id = self._turn_end(special.keys(), ends)
+        """The token with which an answer ends by the chat template."""
+        self.stop_token_ids = tuple(sorted({self.turn_end_id, *ends}))
+        """All tokens that may end an answer."""
+        spelled = special | {i: tokenizer.convert_ids_to_tokens(i) for i in self.stop_token_ids}
+        self.special_tags = {text: i for i, text in spelled.items() if text in tags}
+        """Tags that are special or stop tokens → ids. Engines leave these out of their texts: see ``decode_answer``."""
+        self._end_tags = {*self.special_tags.values()} & {*self.stop_token_ids}
+        self._hidden = special.keys() - self.special_tags.values()
+        opening = self._chat.opening
+        self.opens_think = opening.rstrip().endswith(tags[0])
+        """True if the chat template itself writes ``<think>`` where the answer begins: no answer's text has it then."""
+        self.answer_prefix = tags[0] if self.opens_think else ""
+        """What stands before an answer's text in the whole form: ``<think>`` or nothing."""
+        self._opening = opening[opening.rfind(tags[0]) :] if self.opens_think else ""
+        roles = [getattr(part, role, None) for part in (processor, tokenizer) for role in PICTURE_ROLES]
+        self._placeholders = {token for token in roles if token}
+        control = {*special.values(), *(str(added[i]) for i in self.stop_token_ids if i in added)}
+        self._control = sorted(self._placeholders | control - {"", *self.special_tags})
+        self._cache: OrderedDict[tuple[str, str], tuple[np.ndarray, dict[str, torch.Tensor]]] = OrderedDict()
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> PromptEncoder:
+    def from_pretrained(cls, folder: str, chat_template_kwargs: dict[str, Any] | None = None) -> PromptEncoder:
+        """Of a Hugging Face folder, with the stop tokens that its configurations name. Errors: as the class."""
         from transformers import AutoProcessor
 
-        return cls(AutoProcessor.from_pretrained(folder))
+        processor = AutoProcessor.from_pretrained(folder)
+        return cls(processor, chat_template_kwargs, _configured_ends(Path(folder), processor))
+
+    def _turn_end(self, special: Set[int], ends: list[int]) -> int:
+        """First special or stop token behind an answer, a stop token that begins the next turn, or any of ``ends``."""
+        behind, between = self._ids(self._chat.end), self._ids(self._chat.between)
+        found = [i for i in behind if i in special or i in ends] + [i for i in between if i in ends] + ends
+        if not found:
+            raise ConfigError(
+                "nothing can end an answer of model.policy or model.reward: its chat template writes no special token "
+                "behind one, its tokenizer has no eos_token, and its configurations no eos_token_id"
+            )
+        return found[0]
+
+    # ------------------------------------------------------------ answers
 
     def forbidden_token_ids(self) -> list[int]:
-        """Tokens that the policy must never sample: picture placeholders, padding, other special tokens but
-        the end of sequence. A sampled placeholder would make the learner's forward pass fail."""
-        ids = {int(i) for i in self.tokenizer.all_special_ids}
-        # The former lists named roles only; `<global-img>`, for example, has none.
-        ids |= {int(i) for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
-        if self.image_token_id is not None:
-            ids.add(int(self.image_token_id))
-        if self.tokenizer.pad_token_id is not None:
-            ids.add(self.pad_id)
-        ids.discard(int(self.tokenizer.eos_token_id))
-        return sorted(ids)
+        """Tokens that the policy must never sample, ascending: picture placeholders, padding and other special tokens,
+        but no stop token and no tag. A sampled placeholder would make the learner's forward pass fail. Some may lie
+        beyond the model's output layer."""
+        ids = {self.image_token_id, self.tokenizer.pad_token_id, *self._hidden}
+        ids |= {self.tokenizer.convert_tokens_to_ids(token) for token in self._placeholders}
+        return sorted(int(i) for i in ids - {None, *self.stop_token_ids})
+
+    def spoken(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        """An answer's tokens without the stop token at its end; a tag stays, though it may be what ended it."""
+        ended = len(ids) > 0 and ids[-1] in self.stop_token_ids and ids[-1] not in self._end_tags
+        return [int(i) for i in (ids[:-1] if ended else ids)]
+
+    def decode_answer(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of an answer's tokens with its tags, but without the stop token at its end and other special tokens."""
+        shown = [i for i in self.spoken(ids) if i not in self._hidden]
+        return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def ended(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int32 [T]: :meth:`spoken` tokens and the end of the turn, unless a tag that is a stop token ends them."""
+        end = [] if len(ids) and ids[-1] in self._end_tags else [self.turn_end_id]
+        return np.asarray([*ids, *end], dtype=np.int32)
+
+    def answer_ids(self, texts: Sequence[str], truncated: Sequence[bool] | None = None) -> list[np.ndarray]:
+        """int32 [T] of each whole answer as the policy would have sampled it: without a ``<think>`` that the chat
+        template has written already, and with the end of its turn, unless it is ``truncated``."""
+        bare = [t.removeprefix(self._opening if t.startswith(self._opening) else self.answer_prefix) for t in texts]
+        rows = self.tokenizer(bare, add_special_tokens=False)["input_ids"] if bare else []
+        cut = truncated or [False] * len(rows)
+        return [np.asarray(ids, np.int32) if no_end else self.ended(ids) for ids, no_end in zip(rows, cut, strict=True)]
+
+    # ------------------------------------------------------------ prompts
+
+    def check_question(self, prompt: Prompt) -> None:
+        """Look for what can't be asked, without opening a picture or encoding a word.
+
+        Raises:
+            DataError: if the question spells out a special token or a picture placeholder, which the model would take
+                for a real one, or if there are pictures and the model takes none.
+        """
+        if prompt.images and self.image_token is None:
+            raise DataError(f"prompt {prompt.id!r} has {len(prompt.images)} picture(s), but the policy takes text only")
+        usual = ["<image>"] if prompt.images else []  # many data sets write it, whatever the model's own placeholder is
+        found = next((token for token in usual + self._control if token in prompt.question), None)
+        if found is not None:
+            kind = "picture placeholder" if found in {*usual, *self._placeholders} else "special token"
+            raise DataError(f"prompt {prompt.id!r}: the question contains the {kind} {found!r}; remove it")
 
     def chat_text(self, prompt: Prompt) -> str:
         """The prompt as text, one placeholder per picture, up to where the answer begins.
 
         Raises:
-            DataError: if the question itself spells out a picture placeholder or the model takes no pictures.
-            ConfigError: if the processor has no chat template.
+            DataError: as :meth:`check_question`.
+            ConfigError: if the chat template does not write as many placeholders as there are pictures.
         """
-        if all(getattr(part, "chat_template", None) is None for part in (self.processor, self.tokenizer)):
-            raise ConfigError(
-                "the processor of model.policy or model.reward has no chat template, so no prompt can be written for "
-                "it; put that of the model's family into chat_template.jinja in its folder"
-            )
-        if prompt.images and self.image_token is None:
-            raise DataError(f"prompt {prompt.id!r} has {len(prompt.images)} picture(s), but the policy takes text only")
-        if self.image_token is not None and self.image_token in prompt.question:
-            raise DataError(
-                f"prompt {prompt.id!r}: the question contains the picture placeholder {self.image_token!r}; remove it"
-            )
-        content: Any = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": prompt.question}]
-        if self.image_token is None:
-            content = prompt.question
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        self.check_question(prompt)
+        text = self._chat.prompt(prompt.question, len(prompt.images))
+        written, wanted = text.count(self.image_token) if self.image_token else 0, len(prompt.images)
+        if written != wanted:
+            what = f"{written} placeholders {self.image_token!r} for {wanted} picture(s)"
+            raise ConfigError(f"prompt {prompt.id!r}: the chat template wrote {what}")
         return text
 
     def text_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of :meth:`chat_text` with each placeholder still a single token, as vLLM wants them."""
-        return list(self.tokenizer(self.chat_text(prompt), add_special_tokens=False)["input_ids"])
+        return self._ids(self.chat_text(prompt))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, prompt: Prompt) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
         """Prompt ids int32 [P], placeholders expanded, and the processor's picture tensors."""
-        if prompt.id in self._cache:
-            self._cache.move_to_end(prompt.id)
-            return self._cache[prompt.id]
+        if prompt.key in self._cache:
+            self._cache.move_to_end(prompt.key)
+            return self._cache[prompt.key]
         if prompt.images:
             from PIL import Image
 
@@ -131,7 +217,7 @@ class PromptEncoder:
             pictures = _picture_axis_first({name: t for name, t in out.items() if name not in TEXT_KEYS | useless})
         else:
             ids, pictures = np.asarray(self.text_ids(prompt), dtype=np.int32), {}
-        self._cache[prompt.id] = (ids, pictures)
+        self._cache[prompt.key] = (ids, pictures)
         if len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)
         return ids, pictures
@@ -193,3 +279,21 @@ def _join(pictures: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
             raise DataError(f"picture tensors {name!r} of one micro-batch have different shapes: {sorted(shapes)}")
         joined[name] = torch.cat(tensors)
     return joined
+
+
+def _configured_ends(folder: Path, processor: Any) -> list[int]:
+    """Tokens that end a generation by the folder's ``generation_config.json`` and ``config.json``."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ends: list[int] = []
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON: {error}") from None
+        for part in (config, config.get("text_config") or {}):
+            written = part.get("eos_token_id")
+            ids = written if isinstance(written, list) else [] if written is None else [written]
+            # A config.json often holds its class's default, which may be an ordinary token of this tokenizer.
+            ends += [int(i) for i in ids if path.name == "generation_config.json" or i in known]
+    return ends

@@ -9,10 +9,11 @@ import torch
 from skyrl.records import ConfigError
 from skyrl.settings import Trainable
 
-VISION = ("vision_model.", "vision_tower.", "visual.", "image_encoder.")
+VISION = ("vision_model.", "vision_tower.", "visual.", "image_encoder.", "vision_encoder.")
 ADAPTER = (
-    *("connector.", "modality_projection.", "multi_modal_projector.", "mm_projector.", "mlp1.", "resampler."),
-    *("visual.merger.", "visual.deepstack_merger_list."),
+    *("connector.", "modality_projection.", "projector.", "mlp1.", "resampler", "aligner.", "vision_adapter."),
+    *("vision_projection.", "embed_vision.", "visual_embeddings_table.", "image_newline"),
+    *("visual.merger.", "visual.deepstack_merger_list.", "visual.downsample."),
 )
 
 
@@ -38,18 +39,18 @@ def freeze(parameters: Iterable[tuple[str, torch.nn.Parameter]], trainable: Trai
     """Set ``requires_grad`` of every parameter and count the trained ones per module.
 
     Raises:
-        ConfigError: if a module that shall be trained has no parameters (a text-only model has no adapter).
+        ConfigError: if some modules shall be trained and others not, but one of the three has no parameters: the policy
+            is a text-only model, or its modules have names that are not known here.
     """
-    counts = dict.fromkeys(TRAINED[trainable], 0)
+    counts = dict.fromkeys(("adapter", "language", "vision"), 0)
     for name, parameter in parameters:
         part = module_of(name)
         parameter.requires_grad_(part in TRAINED[trainable])
-        if part in counts:
-            counts[part] += getattr(parameter, "ds_numel", parameter.numel())
-    empty = sorted(part for part, count in counts.items() if count == 0)
+        counts[part] += getattr(parameter, "ds_numel", parameter.numel())
+    empty = [part for part, count in counts.items() if count == 0]
     if empty and trainable is not Trainable.all:
         raise ConfigError(
             f"learner.trainable={trainable.value}: the policy has no {' and no '.join(empty)} parameters; "
             "use learner.trainable=all"
         )
-    return counts
+    return {part: counts[part] for part in TRAINED[trainable]}

@@ -46,7 +46,7 @@ class PolicyModule(nn.Module):
     Args:
         model: A Hugging Face causal or image-text-to-text model.
         forbidden_ids: Tokens that the rollout can't sample; they get probability 0 here too, so that both
-            sides mean the same distribution.
+            sides mean the same distribution. Those beyond the output layer, which nobody could sample, are ignored.
         temperature: The rollout's sampling temperature, for the same reason.
 
     Raises:
@@ -80,5 +80,6 @@ class PolicyModule(nn.Module):
         predicted = hidden[:, :-1][batch.answer_mask[:, 1:]]
         logits = self.model.get_output_embeddings()(predicted)
         targets = batch.input_ids[:, 1:][batch.answer_mask[:, 1:]]
-        logprobs, entropy = token_logprobs(logits, targets, self.temperature, self.forbidden_ids)
+        forbidden = [i for i in self.forbidden_ids if i < logits.shape[-1]]
+        logprobs, entropy = token_logprobs(logits, targets, self.temperature, forbidden)
         return logprobs, entropy if with_entropy else None

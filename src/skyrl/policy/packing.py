@@ -17,16 +17,15 @@ Row = tuple[Prompt, np.ndarray, np.ndarray]
 def distinct_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
     """The different rows in order of their first appearance, and for each given row its place among them.
 
-    A sure policy often repeats its answer; equal rows have equal log-probabilities and need one forward pass. Prompts
-    with one id are one prompt, as everywhere.
+    A sure policy often repeats its answer; equal rows have equal log-probabilities and need one forward pass.
 
     Example: rows a, b, a give ``([a, b], [0, 1, 0])``.
     """
-    first: dict[tuple[str, bytes], int] = {}
+    first: dict[tuple[tuple[str, str], bytes], int] = {}
     kept: list[Row] = []
     places: list[int] = []
     for row in rows:
-        place = first.setdefault((row[0].id, row[2].tobytes()), len(kept))
+        place = first.setdefault((row[0].key, row[2].tobytes()), len(kept))
         if place == len(kept):
             kept.append(row)
         places.append(place)

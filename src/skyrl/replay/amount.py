@@ -41,29 +41,27 @@ def replay_places(fresh: int, effective: int, cfg: BufferConfig) -> int:
 
 
 def importance_weights(drawn: list[Drawn], size: int) -> np.ndarray:
-    """float64 [n]: 1/(N·P) of each drawn sample.
+    """float64 [n]: 1/(N·P) of each drawn sample, for N = ``size`` units in the buffer at the time of the draw.
 
     With one draw, weight · x has the expectation mean(x) over the buffer, whatever P is. For x = A and P ∝ |A| the
     weighted advantage of every sample is sign(A) · mean|A| over the buffer.
-
-    Args:
-        drawn: samples with their P.
-        size: N, the units in the buffer at the time of the draw.
 
     Raises:
         ValueError: for a size below 1 with drawn samples.
     """
     if drawn and size < 1:
         raise ValueError(f"{len(drawn)} samples drawn from a buffer of size {size}; allowed: 1 or more")
-    return 1.0 / (size * np.array([one.probability for one in drawn], dtype=np.float64))
+    weights: np.ndarray = 1.0 / (size * np.array([one.probability for one in drawn], dtype=np.float64))
+    return weights
 
 
 def replay_weights(drawn: list[Drawn], size: int, cfg: BufferConfig) -> np.ndarray:
     """float64 [n]: the GRPO weight of each drawn sample.
 
     Ones, or with ``importance_correction`` 1/(N·P) divided by its mean, so that replay as a whole weighs as much as
-    without the correction. N drops out then. Drawing is without replacement: the weights are exact for few draws of
-    many, and too uneven where most of the buffer is drawn (docs/selective_sample_buffer.md has figures).
+    without the correction. N drops out then. The division costs exactness: a single drawn sample weighs 1, whatever its
+    P; a few are corrected in part; and where much of the buffer is drawn the weights are too uneven, because drawing
+    is without replacement (docs/selective_sample_buffer.md has figures).
 
     Raises:
         ValueError: as :func:`importance_weights`.
@@ -71,4 +69,5 @@ def replay_weights(drawn: list[Drawn], size: int, cfg: BufferConfig) -> np.ndarr
     if not cfg.importance_correction or not drawn:
         return np.ones(len(drawn))
     weights = importance_weights(drawn, size)
-    return weights / weights.mean()
+    weights /= weights.mean()
+    return weights

@@ -5,48 +5,84 @@ docs/selective_sample_buffer.md says what it is for, what P is, and what was cho
 
 from __future__ import annotations
 
+import heapq
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from skyrl.records import Sample, SampleGroup
-from skyrl.replay.priorities import EvictionQueue, Recency, SumTree, draw_mixture
-from skyrl.replay.store import Entry, Store, StoredPrompt, by_prompt, own_prompt, own_sample, read_records
+from skyrl.records import Prompt, Sample, SampleGroup
+from skyrl.replay.race import race
 from skyrl.settings import BufferConfig, Eviction, Unit
+from skyrl.settings.buffer import MAX_DECAY_BITS
 
 PRIORITIES = (1e-50, 1e50)
-"""|A|^alpha below the first counts as 0, above the second is an error."""
-FADING_BITS = 500
-"""recency^max_age may be no smaller than 2^-500. With ``PRIORITIES`` and ``HEADROOM_BITS`` this keeps every weight a
+"""|A|^alpha below the first counts as 0, above the second is an error. With ``MAX_DECAY_BITS`` every weight is then a
 normal float."""
-HEADROOM_BITS = 400
-"""The newest weights may have grown by 2^400 before all are shifted down."""
-STATE_KEYS = {"capacity", "unit", "leaves", "free", "counts", "unit_prompts", "samples", "prompts", "rng"}
+LAYOUT = 3
+"""Number of the layout of ``state_dict``; 1 and 2 had none written in them."""
+ROW = np.dtype(
+    [
+        ("prompt", object),
+        ("prompt_ids", object),
+        ("samples", object),  # a tuple
+        ("count", np.int64),  # its length
+        ("group", np.int64),  # number of the group, equal for all of its units
+        ("priority", np.float64),  # |A|^alpha, the mean over the samples
+        ("version", np.int64),  # policy version of the oldest sample
+    ]
+)
+"""A unit: what is drawn and makes room as a whole."""
 
 
 @dataclass(slots=True, frozen=True)
 class Drawn:
-    """One sample out of the buffer."""
+    """One sample out of the buffer, with its prompt."""
 
-    stored: StoredPrompt
+    prompt: Prompt
+    prompt_ids: np.ndarray
+    """int32 [P], the same array for all samples of a group."""
     sample: Sample
     probability: float
     """P of its unit: the chance that this sample (or its group) is drawn first."""
 
 
 class SelectiveSampleBuffer:
-    """Keeps effective samples, makes room at capacity, drops the outdated by age, and draws by |advantage|.
+    """Keeps effective samples, makes room at capacity, drops the outdated, and draws by |advantage|.
 
-    The age of a sample is the current policy version minus the version that drew it; a group is as old as its oldest
-    sample. Samples may arrive in any order of versions. A *unit* is a sample or a group (``BufferConfig.unit``), and
-    with N units the chance of being drawn first is::
+    Each step of a run first draws, then adds what it sampled. ``state_dict`` is what a checkpoint keeps of it::
+
+        add ──▶ held ──draw──▶ held, and replayed      a sample may be drawn in many steps, never twice in one
+                 └──▶ gone: older than ``max_age``, or displaced at ``capacity``
+
+    A *unit* is a sample, or with ``unit=group`` all kept samples of a group. With N units, P is the chance of a unit
+    to be drawn first; the age of a sample is the current policy version minus the version that drew it, and a group is
+    as old as its oldest sample::
 
         P = (1 − uniform_share) · priority / Σ priority + uniform_share / N
         priority = |A|^alpha · recency^age, with the mean of |A|^alpha over the samples of a group
 
-    Equal seeds and equal calls give equal draws, also across ``state_dict``.
+    What always holds: at most ``capacity`` samples; every priority is above 0; units stand in the order in which they
+    came, those of one group side by side; a prompt is kept once for its group; equal seeds and equal calls give equal
+    draws, also across ``state_dict``.
+
+    Example: one right answer of four has |A| = √3, each wrong one 1/√3, so half of all first draws are the right one::
+
+        >>> ids = np.array([7], dtype=np.int32)
+        >>> answers = [
+        ...     Sample(i, ids, None, text="", truncated=False, policy_version=0, advantage=a, rule_advantage=a)
+        ...     for i, a in enumerate([3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5)])
+        ... ]
+        >>> buffer = SelectiveSampleBuffer(BufferConfig(max_age=2), seed=0)
+        >>> buffer.add([SampleGroup(Prompt("sum/1", "1 + 2 = ?", (), "3", "numeric"), ids, answers)], version=0)
+        4
+        >>> drawn = buffer.draw(4, version=2)
+        >>> sorted((one.sample.index, round(one.probability, 3)) for one in drawn)
+        [(0, 0.5), (1, 0.167), (2, 0.167), (3, 0.167)]
+        >>> buffer.draw(4, version=3), len(buffer)  # older than max_age
+        ([], 0)
     """
 
     def __init__(self, cfg: BufferConfig, seed: int) -> None:
@@ -56,16 +92,20 @@ class SelectiveSampleBuffer:
             seed: of the buffer's own random generator.
 
         Raises:
-            ValueError: for a setting outside its limits.
+            ValueError: if recency^max_age is below 2^-500.
         """
-        _check(cfg)
+        if (bits := -math.log2(cfg.recency)) * cfg.max_age > MAX_DECAY_BITS:
+            raise ValueError(
+                f"recency is {cfg.recency} with max_age {cfg.max_age}; allowed: a max_age of up to "
+                f"{int(MAX_DECAY_BITS / bits)}: what is older would never be drawn"
+            )
         self.cfg = cfg
         self._rng = np.random.default_rng(seed)
-        self._recency = Recency(cfg.recency)
-        self._clear()
+        self._rows = np.zeros(0, ROW)
+        self._groups = 0
 
     def __len__(self) -> int:
-        return self._store.size
+        return int(self._rows["count"].sum())
 
     def add(self, groups: list[SampleGroup], version: int) -> int:
         """Drop what is older than ``max_age``, then keep the effective samples of ``groups`` that can be drawn.
@@ -86,18 +126,9 @@ class SelectiveSampleBuffer:
             ValueError: for an advantage that is not finite or too large for alpha, a sample newer than ``version``, or
                 a group that is larger than the buffer. Nothing is added then.
         """
-        wanted = [(group, self._select(group, version)) for group in groups]
-        self._expire(version)
-        self._rebase(version)
-        changed: dict[int, float] = {}
-        first = self._queue.next_number
-        for group, samples in wanted:
-            if samples:
-                stored = own_prompt(group)
-                for unit in self._units(tuple(map(own_sample, samples))):
-                    self._insert(self._entry(stored, unit), changed)
-        self._set_weights(changed)
-        return sum([len(self._store[leaf].samples) for leaf in changed if self._queue.number(leaf) >= first])
+        rows = self._rank((group.prompt, group.prompt_ids, self._select(group, version)) for group in groups)
+        self._rows = self._young(self._rows, version)
+        return self._put(rows)
 
     def draw(self, n: int, version: int) -> list[Drawn]:
         """Drop what is older than ``max_age``, then draw up to ``n`` samples without replacement.
@@ -113,192 +144,159 @@ class SelectiveSampleBuffer:
         Raises:
             ValueError: for a negative ``n``.
         """
-        self._expire(version)
+        self._rows = self._young(self._rows, version)
         if n < 0:
             raise ValueError(f"n is {n}; allowed: 0 or more")
-        if n == 0 or not len(self):
+        if n == 0 or not len(self._rows):
             return []
-        share = self.cfg.uniform_share
-        by_priority, by_number = (1 - share) / self._tree.total, share / len(self._queue)
-        mixture = [(self._tree, by_priority)]
-        if self._ones is not None:
-            mixture.append((self._ones, by_number))
-        leaves = draw_mixture(mixture, n, self._rng)
-        chances = by_priority * self._tree.get(leaves) + by_number
+        weights, share = self._weights(self._rows), self.cfg.uniform_share
+        chances = (1 - share) / weights.sum() * weights + share / len(weights)
         drawn: list[Drawn] = []
-        for leaf, chance in zip(leaves.tolist(), chances.tolist(), strict=True):
-            entry = self._store[leaf]
-            if len(drawn) + len(entry.samples) > n:
+        for place in race(chances, n, self._rng).tolist():
+            row, chance = self._rows[place], float(chances[place])
+            if len(drawn) + row["count"] > n:
                 break
-            drawn += [Drawn(entry.stored, sample, chance) for sample in entry.samples]
+            drawn += [Drawn(row["prompt"], row["prompt_ids"], sample, chance) for sample in row["samples"]]
         return drawn
 
     def stats(self, version: int) -> dict[str, float]:
         """``size`` (samples), ``prompts`` (groups they belong to), ``priority_mass`` (Σ priority over the units), and,
         unless empty, ``age_mean`` and ``age_max`` of the samples in policy versions."""
-        fraction, exponent = self._recency.split(version)
-        mass = math.ldexp(self._tree.total / fraction, self._shift - exponent)
-        size, prompts = float(len(self)), float(self._store.prompts)
-        return {"size": size, "prompts": prompts, "priority_mass": mass} | self._store.ages(version)
+        rows, size = self._rows, len(self)
+        stats = {"size": float(size), "prompts": float(len(np.unique(rows["group"]))), "priority_mass": 0.0}
+        if size:
+            ages = version - rows["version"]
+            stats["priority_mass"] = float(self._weights(rows).sum()) * self.cfg.recency ** int(ages.min())
+            stats |= {"age_mean": int(ages @ rows["count"]) / size, "age_max": float(ages.max())}
+        return stats
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later draws depend on, each prompt once; picklable, holding the records themselves."""
-        leaves = self._queue.by_arrival()
+        rows = self._rows
+        _, first, group = np.unique(rows["group"], return_index=True, return_inverse=True)
         return {
-            "capacity": self.cfg.capacity,
-            "unit": self.cfg.unit.value,
-            "leaves": np.array(leaves, dtype=np.int64),
-            "free": np.array(self._store.free, dtype=np.int64),
+            "layout": LAYOUT,
+            "samples": [sample for samples in rows["samples"] for sample in samples],
+            "sample_prompts": np.repeat(group, rows["count"]),
+            "prompts": list(zip(rows["prompt"][first], rows["prompt_ids"][first], strict=True)),
             "rng": self._rng.bit_generator.state,
-        } | self._store.records(leaves)
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the whole content by that of :meth:`state_dict`.
 
         With the same settings the following draws are those that the saved buffer would have made. All settings may
-        differ; with another ``capacity`` or ``unit`` the samples are added anew in the order in which they came.
+        differ: the samples are added anew in the order in which they came.
 
         Raises:
-            ValueError: if a key is missing, as in a state that an older version of this class saved.
+            ValueError: for a state of another layout, and for samples that these settings refuse (see :meth:`add`).
+                The buffer stays as it was then.
         """
-        if missing := STATE_KEYS - state.keys():
+        if (layout := state.get("layout", 2 if "leaves" in state else 1)) != LAYOUT:
             raise ValueError(
-                f"buffer state lacks {sorted(missing)}: another version of skyrl saved it; go on with that version, or "
+                f"the sample buffer's state has layout {layout}, that of {'older' if layout < LAYOUT else 'newer'} "
+                f"checkpoints; this version of skyrl reads layout {LAYOUT}. Go on with the version that saved it, or "
                 "start a new run from its exported policy"
             )
-        self._clear()
-        units = read_records(state)
-        self._rebase(max((sample.policy_version for sample in state["samples"]), default=0))
-        changed: dict[int, float] = {}
-        if (state["capacity"], state["unit"]) == (self.cfg.capacity, self.cfg.unit.value):
-            self._store.free = state["free"].tolist()
-            for leaf, (stored, samples) in zip(state["leaves"].tolist(), units, strict=True):
-                self._put(leaf, self._entry(stored, samples), changed)
-        else:
-            for stored, samples in by_prompt(units):
-                for unit in self._units(samples):
-                    self._insert(self._entry(stored, unit), changed)
-        self._set_weights(changed)
+        members: list[list[Sample]] = [[] for _ in state["prompts"]]
+        for sample, place in zip(state["samples"], state["sample_prompts"].tolist(), strict=True):
+            members[place].append(sample)
+        rows = self._rank((*prompt, samples) for prompt, samples in zip(state["prompts"], members, strict=True))
         self._rng.bit_generator.state = state["rng"]
+        self._rows = np.zeros(0, ROW)
+        self._put(self._young(rows, int(rows["version"].max(initial=0))))
 
     # ------------------------------------------------------------------ inside
 
-    def _clear(self) -> None:
-        capacity = self.cfg.capacity
-        self._store = Store(capacity)
-        self._queue = EvictionQueue(capacity)
-        self._tree = SumTree(capacity)
-        self._shift = 0
-        """The tree's weights are |A|^alpha · recency^(-version) · 2^(-shift)."""
-        self._ones = SumTree(capacity) if self.cfg.uniform_share > 0 else None
-
-    def _priority(self, sample: Sample) -> float:
-        # Python's pow on one float: numpy's vectorised one may differ in the last bit with the place in the array.
-        try:
-            priority = abs(sample.advantage) ** self.cfg.alpha if sample.advantage else 0.0
-        except OverflowError:
-            return math.inf
-        return priority if priority >= PRIORITIES[0] else 0.0
-
     def _select(self, group: SampleGroup, version: int) -> list[Sample]:
-        """The samples of a group worth keeping."""
-        selected = []
-        for sample in group.samples:
-            if not sample.effective:
-                continue
-            if not math.isfinite(sample.advantage):
-                raise ValueError(f"{_where(group, sample)}: advantage is {sample.advantage}; allowed: finite")
+        """The effective samples of a group that are young enough."""
+        selected = [sample for sample in group.samples if sample.effective]
+        for sample in selected:
             if (made := sample.policy_version) > version:
                 raise ValueError(
-                    f"{_where(group, sample)}: policy version {made}; allowed: up to {version}, the current"
+                    f"{_where(group.prompt, sample)}: policy version {made}; allowed: up to {version}, the current"
                 )
-            if (priority := self._priority(sample)) > PRIORITIES[1]:
-                power = f"|{sample.advantage}|^{self.cfg.alpha:g}"
-                raise ValueError(f"{_where(group, sample)}: {power} is above 1e50; lower alpha")
-            if priority > 0 and version - made <= self.cfg.max_age:
-                selected.append(sample)
-        if self.cfg.unit is Unit.group and len(selected) > self.cfg.capacity:
-            raise ValueError(
-                f"prompt {group.prompt.id}: {len(selected)} samples to keep together; capacity is {self.cfg.capacity}"
-            )
-        return selected
+        return [sample for sample in selected if version - sample.policy_version <= self.cfg.max_age]
 
-    def _units(self, samples: tuple[Sample, ...]) -> list[tuple[Sample, ...]]:
-        """The kept samples of one prompt, parted into what is drawn together."""
-        return [samples] if self.cfg.unit is Unit.group else [(sample,) for sample in samples]
+    def _priority(self, prompt: Prompt, sample: Sample) -> float:
+        """|A|^alpha; 0 if it is too small to count."""
+        advantage = sample.advantage
+        if not math.isfinite(advantage):
+            raise ValueError(f"{_where(prompt, sample)}: advantage is {advantage}; allowed: finite")
+        try:
+            # Python's pow on one float: numpy's vectorised one may differ in the last bit with the place in the array.
+            priority = abs(advantage) ** self.cfg.alpha if advantage else 0.0
+        except OverflowError:
+            priority = math.inf
+        if priority > PRIORITIES[1]:
+            power = f"|{advantage}|^{self.cfg.alpha:g}"
+            raise ValueError(f"{_where(prompt, sample)}: {power} is above 1e50; lower alpha")
+        return priority if priority >= PRIORITIES[0] else 0.0
 
-    def _entry(self, stored: StoredPrompt, samples: tuple[Sample, ...]) -> Entry:
-        priority = sum([self._priority(sample) for sample in samples]) / len(samples)
-        version = min([sample.policy_version for sample in samples])
-        if self.cfg.eviction is Eviction.oldest:
-            return Entry(stored, samples, priority, version, eviction_key=0.0)
-        # log2 of the weight: its order is that of the priorities at any version.
-        return Entry(stored, samples, priority, version, math.log2(priority) + version * self._recency.bits)
+    def _rank(self, groups: Iterable[tuple[Prompt, np.ndarray, list[Sample]]]) -> np.ndarray:
+        """The samples as rows, parted into units; those of priority 0 are left out."""
+        whole, rows = self.cfg.unit is Unit.group, []
+        for prompt, prompt_ids, samples in groups:
+            ranked = [(_own_sample(one), p) for one in samples if (p := self._priority(prompt, one)) > 0]
+            if whole and len(ranked) > self.cfg.capacity:
+                raise ValueError(
+                    f"prompt {prompt.id}: {len(ranked)} samples to keep together; capacity is {self.cfg.capacity}"
+                )
+            if ranked:
+                own = replace(prompt, images=tuple(map(_own, prompt.images))), _own(prompt_ids)
+                self._groups += 1
+            for unit in [ranked] if whole and ranked else [[one] for one in ranked]:
+                kept, priorities = zip(*unit, strict=True)
+                oldest = min(sample.policy_version for sample in kept)
+                rows.append((*own, kept, len(kept), self._groups, sum(priorities) / len(kept), oldest))
+        return np.array(rows, ROW)
 
-    def _insert(self, entry: Entry, changed: dict[int, float]) -> None:
-        """Make room and put the entry in, unless it is itself the first to go. New weights are noted in ``changed``.
+    def _weights(self, rows: np.ndarray) -> np.ndarray:
+        """float64 [N]: priorities with ages counted from the youngest unit; their ratios hold at every version."""
+        ages = rows["version"].max(initial=0) - rows["version"]
+        factors = [self.cfg.recency**age for age in range(int(ages.max(initial=0)) + 1)]  # Python's pow, as above
+        weights: np.ndarray = rows["priority"] * np.array(factors)[ages]
+        return weights
 
-        With ``unit=group`` smaller units may have gone before one turns up that is worth more than the entry: the
+    def _young(self, rows: np.ndarray, version: int) -> np.ndarray:
+        """The rows without those older than ``max_age``."""
+        old = version - rows["version"] > self.cfg.max_age
+        return rows[~old] if old.any() else rows
+
+    def _put(self, new: np.ndarray) -> int:
+        """Take in the new rows one by one, each time making room; returns how many of their samples stay.
+
+        With ``unit=group`` smaller units may have gone before one turns up that is worth more than the new one: the
         buffer then keeps a little less than it could.
         """
-        store, count = self._store, len(entry.samples)
-        while store.size + count > store.capacity:
-            key, leaf = self._queue.first()
-            if entry.eviction_key < key:
-                return
-            self._release(leaf)
-            changed[leaf] = 0.0
-        self._put(store.free.pop(), entry, changed)
-
-    def _put(self, leaf: int, entry: Entry, changed: dict[int, float]) -> None:
-        self._store.put(leaf, entry)
-        self._queue.push(leaf, entry.eviction_key)
-        fraction, exponent = self._recency.split(entry.version)
-        changed[leaf] = math.ldexp(entry.priority * fraction, exponent - self._shift)
-
-    def _release(self, leaf: int) -> None:
-        self._store.release(leaf)
-        self._queue.remove(leaf)
-
-    def _expire(self, version: int) -> None:
-        """Drop every unit older than ``max_age``."""
-        outdated = self._store.older_than(version - self.cfg.max_age)
-        for leaf in outdated:
-            self._release(leaf)
-        self._set_weights(dict.fromkeys(outdated, 0.0))
-
-    def _rebase(self, version: int) -> None:
-        """Shift all weights by a power of two before those of ``version`` become too large."""
-        _, exponent = self._recency.split(version)
-        if exponent - self._shift > HEADROOM_BITS:
-            if len(self):
-                self._tree.scale(self._shift - exponent)
-            self._shift = exponent
-
-    def _set_weights(self, changed: dict[int, float]) -> None:
-        leaves, weights = np.array(list(changed), dtype=np.int64), np.array(list(changed.values()))
-        self._tree.set(leaves, weights)
-        if self._ones is not None:
-            self._ones.set(leaves, weights > 0)
+        before, room = len(self._rows), self.cfg.capacity - len(self)
+        rows = np.concatenate([self._rows, new])
+        keep = np.ones(len(rows), dtype=bool)
+        keys = self._weights(rows) if self.cfg.eviction is Eviction.smallest else np.zeros(len(rows))
+        # For each new sample one old unit may have to go, no more. A sorted list is a heap.
+        order = np.argsort(keys[:before], kind="stable")[: new["count"].sum()]
+        leaving = list(zip(keys[order].tolist(), order.tolist(), strict=True))
+        for place in range(before, len(rows)):
+            heapq.heappush(leaving, (float(keys[place]), place))
+            room -= int(rows["count"][place])
+            while room < 0:
+                _, gone = heapq.heappop(leaving)
+                keep[gone] = False
+                room += int(rows["count"][gone])
+        self._rows = rows[keep]
+        return int(new["count"][keep[before:]].sum())
 
 
-def _where(group: SampleGroup, sample: Sample) -> str:
-    return f"prompt {group.prompt.id}, sample {sample.index}"
+def _where(prompt: Prompt, sample: Sample) -> str:
+    return f"prompt {prompt.id}, sample {sample.index}"
 
 
-def _check(cfg: BufferConfig) -> None:
-    if cfg.capacity < 1 or cfg.max_age < 0 or not (math.isfinite(cfg.alpha) and cfg.alpha >= 0):
-        raise ValueError(
-            f"capacity is {cfg.capacity}, max_age {cfg.max_age}, alpha {cfg.alpha}; "
-            "allowed: 1 or more, 0 or more, 0 or more"
-        )
-    if not 0 < cfg.recency <= 1 or not 0 <= cfg.uniform_share <= 1:
-        raise ValueError(
-            f"recency is {cfg.recency}, uniform_share {cfg.uniform_share}; allowed: above 0 and at most 1, 0 … 1"
-        )
-    bits = Recency(cfg.recency).bits
-    if bits * cfg.max_age > FADING_BITS:
-        raise ValueError(
-            f"recency is {cfg.recency} with max_age {cfg.max_age}; allowed: a max_age of up to "
-            f"{int(FADING_BITS / bits)}: what is older would never be drawn"
-        )
+def _own(array: np.ndarray) -> np.ndarray:
+    """The array itself, or a copy if it is a view: a view into shared memory or into a batch would keep all of
+    that alive for as long as the sample stays in the buffer."""
+    return array if array.flags.owndata else array.copy()
+
+
+def _own_sample(sample: Sample) -> Sample:
+    logprobs = None if sample.logprobs is None else _own(sample.logprobs)
+    return replace(sample, token_ids=_own(sample.token_ids), logprobs=logprobs, mask=_own(sample.mask))

@@ -54,16 +54,17 @@ class GroupScorer:
     Args:
         reward_model: Model on its device, in evaluation mode.
         batch_size: Samples per forward pass, and also prompts per forward pass.
-        policy_encoder: Encoder of the policy, whose token ids the samples carry. If the reward model's tokenizer
-            is another one, the answers are encoded again from their text.
+        policy_encoder: Encoder of the policy, whose token ids the samples carry. If the reward model's vocabulary is
+            another one, or only one of the chat templates opens the reasoning, answers are encoded again from their
+            text. Either way they end as the reward model's own do.
     """
 
     def __init__(self, reward_model: RewardModel, batch_size: int, policy_encoder: PromptEncoder) -> None:
         self.reward_model = reward_model
-        self.encoder = reward_model.encoder
+        self.encoder, self.policy_encoder = reward_model.encoder, policy_encoder
         self.batch_size = batch_size
-        own, policy = self.encoder.tokenizer.get_vocab(), policy_encoder.tokenizer.get_vocab()
-        self.same_tokens = own == policy
+        own, policys = ((one.tokenizer.get_vocab(), one.answer_prefix) for one in (self.encoder, policy_encoder))
+        self.same_tokens = own == policys
         self.device = next(reward_model.parameters()).device
         self.shares_prompts = not _rope_types(reward_model.model.config) & LENGTH_SCALED
         """Also becomes False when a comparison shows that the body can't."""
@@ -85,16 +86,14 @@ class GroupScorer:
         return [scores[places[end - len(group.samples) : end]] for group, end in zip(groups, ends, strict=True)]
 
     def _rows(self, group: SampleGroup) -> list[Row]:
-        prompt_ids = self.encoder.encode(group.prompt)[0]
+        own, policy = self.encoder, self.policy_encoder
+        prompt_ids = own.encode(group.prompt)[0]
         if self.same_tokens:
-            answers = [sample.token_ids for sample in group.samples]
+            answers = [s.token_ids if s.truncated else own.ended(policy.spoken(s.token_ids)) for s in group.samples]
         else:
-            texts = [sample.text for sample in group.samples]
-            encoded = self.encoder.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-            # The end of sequence as in the policy's own ids.
-            ends = [[] if sample.truncated else [self.encoder.tokenizer.eos_token_id] for sample in group.samples]
-            answers = [np.asarray([*i, *end], dtype=np.int32) for i, end in zip(encoded, ends, strict=True)]
-        placeholder = self.encoder.image_token_id
+            texts = [policy.answer_prefix + sample.text for sample in group.samples]
+            answers = own.answer_ids(texts, [sample.truncated for sample in group.samples])
+        placeholder = own.image_token_id
         if placeholder is not None and any((answer == placeholder).any() for answer in answers):
             raise DataError(f"prompt {group.prompt.id!r}: an answer contains picture placeholders (id {placeholder})")
         return [(group.prompt, prompt_ids, answer) for answer in answers]
@@ -113,9 +112,9 @@ class GroupScorer:
 
     def shared_features(self, rows: Sequence[Row], extra_padding: int = 0) -> Iterator[tuple[list[int], torch.Tensor]]:
         """As :meth:`plain_features`, every prompt run once. ``extra_padding`` widens the batches of prompts."""
-        of_prompt: dict[str, list[int]] = {}
+        of_prompt: dict[tuple[str, str], list[int]] = {}
         for i, (prompt, _, _) in enumerate(rows):
-            of_prompt.setdefault(prompt.id, []).append(i)
+            of_prompt.setdefault(prompt.key, []).append(i)
         for some in self._batches(of_prompt.values(), lambda same: len(rows[same[0]][1])):
             prefixes = self._run_prompts([rows[same[0]] for same in some], extra_padding)
             place = {i: k for k, same in enumerate(some) for i in same}
@@ -183,7 +182,7 @@ class GroupScorer:
             longest = _length(mine[-1]) if mine else 0
             if self.shares_prompts and longest > self._compared.get(pictured, 0):
                 self._compared[pictured] = longest
-                one_each = sorted({row[0].id: row for row in mine}.values(), key=_length)  # each prompt's longest
+                one_each = sorted({row[0].key: row for row in mine}.values(), key=_length)  # each prompt's longest
                 count = min(len(one_each), self.batch_size, COMPARED_PROMPTS)
                 spread = np.linspace(len(one_each) - 1, 0, count).astype(int)
                 self._compare([one_each[i] for i in spread])

@@ -8,12 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Any
 
 from skyrl.records import DataError, SkyrlError
@@ -53,10 +52,11 @@ class VerifierRunner:
     Args:
         timeout: Seconds for one verification. Starting the child and importing a verifier have their own limit.
         numeric_tolerance: Tolerance of the ``numeric`` verifier.
+        own: Name → ``package.module:function`` of verifiers that aren't built in.
     """
 
-    def __init__(self, timeout: float, numeric_tolerance: float = 1e-6) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float, numeric_tolerance: float = 1e-6, own: Mapping[str, str] | None = None) -> None:
+        self.timeout, self.own = timeout, own
         self._in_process: dict[str, Callable[[str, str], float]] = {
             "exact": exact_verifier,
             "choice": choice_verifier,
@@ -71,7 +71,7 @@ class VerifierRunner:
         A verifier that raises, hangs, crashes or returns anything but a number in [0, 1] gives an error.
 
         Args:
-            name: A registered verifier or ``package.module:function``.
+            name: A built-in verifier, one of ``own``, or ``package.module:function``.
             answer: Content of the answer tags.
             truth: ``Prompt.answer``.
 
@@ -79,7 +79,7 @@ class VerifierRunner:
             DataError: for an unknown name.
             SkyrlError: if the child process can't be started.
         """
-        reference = verifier_reference(name)
+        reference = verifier_reference(name, self.own)
         if name in self._in_process:
             reply = self._call(self._in_process[name], answer, truth)
         else:
@@ -95,7 +95,7 @@ class VerifierRunner:
             DataError: if it is unknown, or can't be imported there in time.
             SkyrlError: if the child process can't be started.
         """
-        reference = verifier_reference(name)
+        reference = verifier_reference(name, self.own)
         if name not in self._in_process:
             reply = self._ask(reference)
             if "error" in reply:
@@ -111,12 +111,6 @@ class VerifierRunner:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process = self._pipe = None
-
-    def __enter__(self) -> VerifierRunner:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     @staticmethod
     def _call(verifier: Callable[[str, str], float], answer: str, truth: str) -> dict[str, Any]:
@@ -156,14 +150,8 @@ class VerifierRunner:
             self.close()  # an idle child says nothing: it died since the last answer, which is no sample's fault
         if self._pipe is None:
             ours, theirs = Pipe()
-            command = [
-                sys.executable,
-                "-c",
-                _BOOT,
-                json.dumps([str(path) for path in sys.path]),
-                str(theirs.fileno()),
-                str(self.timeout),
-            ]
+            path = json.dumps([str(folder) for folder in sys.path])
+            command = [sys.executable, "-c", _BOOT, path, str(theirs.fileno()), str(self.timeout)]
             # stdout goes to stderr: a verifier that prints must not mix with the run's own output.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True

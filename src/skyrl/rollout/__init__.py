@@ -1,1 +1,1 @@
-"""The policy that samples: vLLM, and how the learner's weights reach it. The only package that imports vllm."""
+"""The role that samples, and the engine under it: vLLM, or one of your own."""

@@ -1,7 +1,8 @@
-"""The rollout engine: a plain class round one vLLM engine. Knows nothing of Ray."""
+"""vLLM as the sampler's engine. The only module that builds a vLLM engine."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -9,197 +10,45 @@ import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.exceptions import VLLMClientError
 
-from skyrl.interfaces import PromptDataset
-from skyrl.policy.encode import PromptEncoder
-from skyrl.records import (
-    DataError,
-    Prompt,
-    RolloutRequest,
-    Sample,
-    SampleGroup,
-    SkyrlError,
-    WeightSnapshot,
-)
-from skyrl.rollout.sampling import best_answer, blind_prompt, first_half, forbidding_bias, sample_seed
+from skyrl.records import ConfigError, SkyrlError, WeightSnapshot
+from skyrl.rollout.engine import Completion, EngineRequest
 from skyrl.settings import Config, WeightSync
 from skyrl.sync import shm_transfer
 
 CPU_BATCHED_TOKENS = 16384
+MAX_BIASES = 1024
+"""Most entries of a request's ``logit_bias`` in vLLM's GPU sampler."""
 
 
-class VllmRolloutEngine:
-    """Samples groups of answers with vLLM and takes new weights through its weight-transfer API.
+class VllmEngine:
+    """An :class:`~skyrl.rollout.engine.Engine` that takes new weights through vLLM's weight-transfer API."""
 
-    Args:
-        cfg: The whole configuration.
-        policy_folder: Hugging Face folder of the starting policy.
-        datasets: Split name → prompts; requests name rows of these.
-    """
-
-    def __init__(self, cfg: Config, policy_folder: str, datasets: dict[str, PromptDataset]) -> None:
-        self.cfg = cfg
-        self.datasets = datasets
-        self.version = 0
-        self.encoder = PromptEncoder.from_pretrained(policy_folder)
+    def __init__(self, cfg: Config, policy_folder: str) -> None:
         self.llm = _start_llm(cfg, policy_folder)
-        self._bias = forbidding_bias(self.encoder.forbidden_token_ids(), self.llm.model_config.get_vocab_size())
+        self.vocabulary: int = self.llm.model_config.get_vocab_size()
 
-    # ------------------------------------------------------------ sampling
-
-    def generate(self, request: RolloutRequest) -> list[SampleGroup]:
-        """One group per requested row, in the order of the rows; a blind request leaves out rows without pictures.
-
-        Raises:
-            DataError: for an unknown split, or a prompt longer than ``rollout.max_prompt_tokens``.
-        """
-        if request.split not in self.datasets:
-            raise DataError(f"unknown split {request.split!r}; this worker has: {', '.join(self.datasets)}")
-        prompts = [self.datasets[request.split][row] for row in request.rows]
-        if request.blind:
-            prompts = [blind_prompt(prompt) for prompt in prompts if prompt.images]
-        return self._sample(prompts, request, self.cfg.rollout.max_new_tokens, self.cfg.rollout.top_p)
-
-    def continue_blind(self, groups: list[SampleGroup], step: int) -> list[SampleGroup]:
-        """Fill ``SampleGroup.blind`` in place: the best answer's first half, continued without the picture.
-
-        DropoutNTP of InternVL's MPO: a continuation that can't look any more tends to make things up, which makes it
-        the rejected answer of a pair whose chosen one is the whole answer. Groups without a picture, or without an
-        answer that can be cut, keep ``blind=None``.
-
-        Args:
-            groups: Scored groups.
-            step: Number of the step; the continuation's seed is derived from it.
-
-        Returns:
-            ``groups`` itself.
-
-        Raises:
-            DataError: for a prompt longer than ``rollout.max_prompt_tokens``.
-        """
-        rollout = self.cfg.rollout
-        request = RolloutRequest("train", (), step, 1, False, self.cfg.controller.seed)
-        cuts: list[tuple[SampleGroup, int]] = []
-        inputs, params = [], []
-        for group in groups:
-            group.blind = None
-            place = best_answer(group.samples) if group.prompt.images else None
-            if place is None:
-                continue
-            cuts.append((group, place))
-            prompt, kept = blind_prompt(group.prompt), first_half(group.samples[place].token_ids)
-            inputs.append({"prompt_token_ids": [*self.input(prompt)["prompt_token_ids"], *kept.tolist()]})
-            params.append(self.params(prompt, request, rollout.max_new_tokens - len(kept), rollout.top_p))
-        outputs = self.llm.generate(inputs, params, use_tqdm=False) if inputs else []
-        for (group, place), output in zip(cuts, outputs, strict=True):
-            group.blind = (place, self._continued(group.samples, place, output.outputs[0]))
-        return groups
-
-    def _continued(self, samples: list[Sample], place: int, completion: Any) -> Sample:
-        kept = first_half(samples[place].token_ids)
-        ids = np.concatenate([kept, np.asarray(completion.token_ids, dtype=np.int32)])
-        truncated = completion.finish_reason == "length"
-        spoken = ids if truncated else ids[:-1]  # without the end of sequence
-        return Sample(
-            index=len(samples),
-            token_ids=ids,
-            # The first half was drawn with the picture and the second without: no distribution gave the whole.
-            logprobs=np.full(len(ids), np.nan, dtype=np.float32),
-            # As vLLM decodes, but for a character that the end cuts in two: no special tokens, blanks as they are.
-            text=self.encoder.tokenizer.decode(
-                spoken.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ),
-            truncated=truncated,
-            policy_version=self.version,
-        )
-
-    def probe(self) -> list[SampleGroup]:
-        """Short sampled answers to the first evaluation prompts, seeded by the policy version."""
-        rollout = self.cfg.rollout
-        dataset = self.datasets["eval"]
-        rows = tuple(range(min(rollout.probe_prompts, len(dataset))))
-        request = RolloutRequest("eval", rows, self.version, 1, False, self.cfg.controller.seed)
-        # Without top-p: it renormalises log-probabilities in a way that the learner can't know.
-        return self._sample([dataset[row] for row in rows], request, rollout.probe_new_tokens, top_p=1.0)
-
-    def _sample(
-        self, prompts: list[Prompt], request: RolloutRequest, max_new_tokens: int, top_p: float
-    ) -> list[SampleGroup]:
-        if not prompts:
-            return []
-        inputs = [self.input(prompt) for prompt in prompts]
-        params = [self.params(prompt, request, max_new_tokens, top_p) for prompt in prompts]
+    def generate(self, requests: list[EngineRequest]) -> list[list[Completion]]:
+        inputs: list[Any] = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+        for one, request in zip(inputs, requests, strict=True):
+            if request.pictures:
+                one["multi_modal_data"] = {"image": [Image.fromarray(picture) for picture in request.pictures]}
         try:
-            outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        except ValueError:
-            # Pictures may have made one longer than the engine takes; its error names no prompt.
-            for prompt in prompts:
-                self._check_length(prompt, len(self.encoder.encode(prompt)[0]))
-            raise
-        return [self._group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+            outputs = self.llm.generate(inputs, [_params(request) for request in requests], use_tqdm=False)
+        except VLLMClientError as error:  # a request's fault, yet no ValueError
+            raise ValueError(str(error)) from error
+        return [_completions(output) for output in outputs]
 
-    def input(self, prompt: Prompt) -> Any:
-        """One prompt as vLLM takes it: placeholders not yet expanded, pictures beside them.
+    def load(self, snapshot: WeightSnapshot) -> None:
+        self.transfer("start_weight_update", {})
+        self.transfer("update_weights", {"update_info": {"snapshot": snapshot}})
+        self.transfer("finish_weight_update", {})
 
-        Raises:
-            DataError: if it is longer than ``rollout.max_prompt_tokens``.
-        """
-        ids = self.encoder.text_ids(prompt)
-        self._check_length(prompt, len(ids))  # placeholders not expanded yet; _group checks the whole
-        if not prompt.images:
-            return {"prompt_token_ids": ids}
-        pictures = [Image.fromarray(picture) for picture in prompt.images]
-        return {"prompt_token_ids": ids, "multi_modal_data": {"image": pictures}}
-
-    def params(self, prompt: Prompt, request: RolloutRequest, max_new_tokens: int, top_p: float) -> SamplingParams:
-        """vLLM's parameters for one prompt of a request."""
-        return SamplingParams(
-            n=request.samples_per_prompt,
-            temperature=0.0 if request.greedy else self.cfg.rollout.temperature,
-            top_p=1.0 if request.greedy else top_p,
-            max_tokens=max_new_tokens,
-            seed=None if request.greedy else sample_seed(request.seed, request.step, prompt.id),
-            logprobs=0,
-            logit_bias=self._bias,
-        )
-
-    def _check_length(self, prompt: Prompt, length: int) -> None:
-        limit = self.cfg.rollout.max_prompt_tokens
-        if length > limit:
-            raise DataError(f"prompt {prompt.id!r} has {length} tokens; rollout.max_prompt_tokens allows {limit}")
-
-    def _group(self, prompt: Prompt, output: Any) -> SampleGroup:
-        prompt_ids = np.asarray(output.prompt_token_ids, dtype=np.int32)
-        self._check_length(prompt, len(prompt_ids))
-        samples = []
-        for completion in sorted(output.outputs, key=lambda c: c.index):
-            ids = np.asarray(completion.token_ids, dtype=np.int32)
-            logprobs = [entry[int(token)].logprob for token, entry in zip(ids, completion.logprobs, strict=True)]
-            samples.append(
-                Sample(
-                    index=completion.index,
-                    token_ids=ids,
-                    logprobs=np.asarray(logprobs, dtype=np.float32),
-                    text=completion.text,
-                    truncated=completion.finish_reason == "length",
-                    policy_version=self.version,
-                )
-            )
-        return SampleGroup(prompt, prompt_ids, samples)
-
-    # ------------------------------------------------------------ weights
-
-    def load_weights(self, snapshot: WeightSnapshot) -> None:
-        """Replace all weights by the snapshot's and forget every cache that was filled with the old ones.
-
-        Raises:
-            SyncError: if the snapshot does not cover the policy.
-        """
-        self.llm.collective_rpc("start_weight_update")
-        self.llm.collective_rpc("update_weights", kwargs={"update_info": {"snapshot": snapshot}})
-        self.llm.collective_rpc("finish_weight_update")
-        self.forget_caches()
-        self.version = snapshot.version
+    def transfer(self, method: str, kwargs: dict[str, Any]) -> None:
+        self.llm.collective_rpc(method, kwargs=kwargs)
+        if method == "finish_weight_update":
+            self.forget_caches()
 
     def forget_caches(self) -> None:
         """Drop prefix, vision-encoder and multimodal caches: they hold states of the old weights."""
@@ -208,14 +57,51 @@ class VllmRolloutEngine:
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.reset_mm_cache()
 
-    def transfer_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        """One call of vLLM's weight-transfer control plane, for the backends that vLLM drives itself (nccl, ipc)."""
-        self.llm.collective_rpc(method, kwargs=kwargs)
 
-    def finish_transfer(self, version: int) -> None:
-        """After a vLLM-driven transfer: new version, no old caches."""
-        self.forget_caches()
-        self.version = version
+def _params(request: EngineRequest) -> SamplingParams:
+    return SamplingParams(
+        n=request.n,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        # Else vLLM adds stop tokens of its own: the tokenizer's end of sequence and those of generation_config.json.
+        ignore_eos=True,
+        stop_token_ids=list(request.stop_ids),
+        logit_bias=forbidding_bias(request.forbidden_ids),
+        logprobs=0,
+        flat_logprobs=True,
+    )
+
+
+def _completions(output: Any) -> list[Completion]:
+    prompt_ids = np.asarray(output.prompt_token_ids, dtype=np.int32)
+    return [
+        Completion(
+            prompt_ids=prompt_ids,
+            token_ids=np.asarray(one.token_ids, dtype=np.int32),
+            logprobs=np.asarray(one.logprobs.logprobs, dtype=np.float32),
+            text=one.text,
+            truncated=one.finish_reason == "length",
+        )
+        for one in sorted(output.outputs, key=lambda one: one.index)
+    ]
+
+
+@lru_cache(maxsize=1)
+def forbidding_bias(forbidden: tuple[int, ...]) -> dict[int, float]:
+    """vLLM's ``logit_bias`` that gives forbidden tokens probability 0. A list of the allowed ones would say the same,
+    but vLLM's GPU sampler refuses more than 1,024 of them.
+
+    Raises:
+        ConfigError: for more forbidden tokens than vLLM takes.
+    """
+    if len(forbidden) > MAX_BIASES:
+        raise ConfigError(
+            f"model.policy: its tokenizer has {len(forbidden)} special tokens that must not be sampled; vLLM can "
+            f"forbid {MAX_BIASES}. Make ordinary tokens of those that answers may hold"
+        )
+    return dict.fromkeys(forbidden, float("-inf"))
 
 
 def _start_llm(cfg: Config, policy_folder: str) -> LLM:

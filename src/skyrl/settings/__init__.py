@@ -1,92 +1,13 @@
-"""Every setting, with its default, its meaning and its limits. Imports neither torch, ray nor vllm.
+"""Every setting, with its default, its limits and its meaning in one place: its field.
 
-Defaults stand in this package and nowhere else; the YAML files in ``conf/`` hold only what differs from them.
-``launch.py`` turns Hydra's tree into :class:`Config` once, calls :func:`skyrl.settings.validation.validate`, and
-hands the dataclass on: no ``DictConfig`` lives beyond that.
+Imports neither torch, ray nor vllm. ``skyrl.cli`` composes the files in ``conf/``, which hold only what differs from
+the defaults, into one :class:`Config`.
 """
 
-from skyrl.settings.algorithm import (
-    Aggregation,
-    AlgorithmConfig,
-    BufferConfig,
-    DeltaKind,
-    Eviction,
-    GrpoConfig,
-    GrpoFilter,
-    KlEstimator,
-    KlPlace,
-    Mismatch,
-    MpoConfig,
-    PairSource,
-    Ratio,
-    Stage,
-    Std,
-    Surrogate,
-    ThresholdConfig,
-    ThresholdFallback,
-    ThresholdKind,
-    Unit,
-)
-from skyrl.settings.run import (
-    CheckpointConfig,
-    ClusterConfig,
-    Config,
-    ControllerConfig,
-    EvaluationConfig,
-    FilterConfig,
-    HallucinationConfig,
-    MonitoringConfig,
-    WandbMode,
-)
-from skyrl.settings.system import (
-    DataConfig,
-    LearnerConfig,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    Schedule,
-    Squash,
-    Trainable,
-    WeightSync,
-)
-
-__all__ = [
-    "Aggregation",
-    "AlgorithmConfig",
-    "BufferConfig",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "Config",
-    "ControllerConfig",
-    "DataConfig",
-    "DeltaKind",
-    "EvaluationConfig",
-    "Eviction",
-    "FilterConfig",
-    "GrpoConfig",
-    "GrpoFilter",
-    "HallucinationConfig",
-    "KlEstimator",
-    "KlPlace",
-    "LearnerConfig",
-    "Mismatch",
-    "ModelConfig",
-    "MonitoringConfig",
-    "MpoConfig",
-    "PairSource",
-    "Ratio",
-    "RewardConfig",
-    "RolloutConfig",
-    "Schedule",
-    "Squash",
-    "Stage",
-    "Std",
-    "Surrogate",
-    "ThresholdConfig",
-    "ThresholdFallback",
-    "ThresholdKind",
-    "Trainable",
-    "Unit",
-    "WandbMode",
-    "WeightSync",
-]
+# ruff: noqa: F403 -- each class is listed once, in its module
+from skyrl.digits.settings import *
+from skyrl.settings.algorithm import *
+from skyrl.settings.buffer import *
+from skyrl.settings.run import *
+from skyrl.settings.system import *
+from skyrl.settings.thresholds import *

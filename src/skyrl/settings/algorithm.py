@@ -1,17 +1,25 @@
-"""Settings of the algorithm: GRPO, MPO, thresholds, the Selective Sample Buffer.
+"""Settings of the loss: GRPO, MPO, terms of your own.
 
 What the paper leaves open is a setting here; docs/algorithm.md maps its equations to the code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from skyrl.schema import Count, DottedPath, Problem, Settings, ShareBelowOne
+from skyrl.settings.thresholds import ThresholdConfig, ThresholdKind
+
+if TYPE_CHECKING:
+    from skyrl.settings.run import Config
 
 
 class Std(Enum):
-    """Divisor of the group advantage."""
-
     population = "population"
     sample = "sample"
     none = "none"
@@ -19,8 +27,6 @@ class Std(Enum):
 
 
 class Aggregation(Enum):
-    """How token terms become one loss."""
-
     sample = "sample"
     """Mean over a sample's tokens, then over samples (Eq. 8)."""
     token = "token"
@@ -30,8 +36,6 @@ class Aggregation(Enum):
 
 
 class GrpoFilter(Enum):
-    """Which fresh samples the GRPO term sees."""
-
     effective = "effective"
     """Those whose rule advantage is not 0."""
     all = "all"
@@ -39,8 +43,6 @@ class GrpoFilter(Enum):
 
 
 class Ratio(Enum):
-    """What the importance ratio is taken over."""
-
     token = "token"
     """One ratio a token (Eq. 8)."""
     sequence = "sequence"
@@ -48,8 +50,6 @@ class Ratio(Enum):
 
 
 class Surrogate(Enum):
-    """What bounds the policy update."""
-
     clip = "clip"
     """The smaller of plain and clipped ratio times advantage (Eq. 8)."""
     cispo = "cispo"
@@ -57,8 +57,6 @@ class Surrogate(Enum):
 
 
 class KlEstimator(Enum):
-    """Estimator of KL(policy ‖ reference) on one token, with d = log π_ref − log π."""
-
     k1 = "k1"
     """−d."""
     k2 = "k2"
@@ -68,8 +66,6 @@ class KlEstimator(Enum):
 
 
 class KlPlace(Enum):
-    """Where the penalty acts."""
-
     loss = "loss"
     """Added to the loss, with its own gradient."""
     reward = "reward"
@@ -77,9 +73,6 @@ class KlPlace(Enum):
 
 
 class Mismatch(Enum):
-    """Correction of what rollout engine (and age) and learner disagree about: w = π_start / π_behaviour, where π_start
-    is the learner's policy at the start of the step."""
-
     none = "none"
     """No separate correction: the surrogate's ratio is π_θ / π_behaviour."""
     token_truncate = "token_truncate"
@@ -91,8 +84,6 @@ class Mismatch(Enum):
 
 
 class DeltaKind(Enum):
-    """Moving average behind δ of the quality term."""
-
     cumulative = "cumulative"
     """Mean of all steps so far."""
     exponential = "exponential"
@@ -100,8 +91,6 @@ class DeltaKind(Enum):
 
 
 class PairSource(Enum):
-    """Where preference pairs come from."""
-
     reward_margin = "reward_margin"
     """The reward model's best against its worst answer of a group."""
     rule = "rule"
@@ -112,8 +101,6 @@ class PairSource(Enum):
 
 
 class Stage(Enum):
-    """Which terms are trained."""
-
     joint = "joint"
     """MPO and GRPO in every step."""
     grpo = "grpo"
@@ -122,162 +109,112 @@ class Stage(Enum):
     """MPO for ``mpo_steps`` steps, GRPO from then on."""
 
 
-class ThresholdKind(Enum):
-    """How a threshold τ on a reward-model score or margin is set."""
+class OwnTerm(Settings):
+    """A term of the loss that you wrote yourself: docs/architecture.md shows one."""
 
-    off = "off"
-    """Everything passes."""
-    fixed = "fixed"
-    """τ is ``value``."""
-    quantile = "quantile"
-    """τ is that quantile of the scores seen lately."""
-    risk_controlled = "risk_controlled"
-    """The smallest τ at which the share of hallucinating answers among those that pass is, with the stated confidence,
-    at most ``target_risk``."""
+    path: DottedPath
+    """The term's class, ``package.module:Name``."""
+    weight: NonNegativeFloat = 1.0
+    """Multiplies the term, in every step."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The term's own settings; its own class checks them."""
 
 
-class Unit(Enum):
-    """What the buffer draws."""
-
-    sample = "sample"
-    group = "group"
-    """All kept samples of one prompt together."""
-
-
-class Eviction(Enum):
-    """What makes room when the buffer is full."""
-
-    oldest = "oldest"
-    smallest = "smallest"
-    """The smallest priority; among equals the oldest."""
-
-
-class ThresholdFallback(Enum):
-    """What passes while ``risk_controlled`` finds no threshold that keeps the risk under its target."""
-
-    safest = "safest"
-    """What lies above the threshold whose upper bound on the risk is lowest: it is not under control, but nothing is
-    known to be better."""
-    strictest = "strictest"
-    """The tenth of the candidates with the highest scores."""
-    nothing = "nothing"
-    """Nothing. If the policy learns from nothing else, its risk never changes either."""
-
-
-@dataclass
-class ThresholdConfig:
-    kind: ThresholdKind = ThresholdKind.fixed
-    """``off``, ``fixed``, ``quantile`` or ``risk_controlled``."""
-    value: float = 0.0
-    """τ of ``fixed``; the others start from it until they have seen enough. Raw reward-model units."""
-    quantile: float = 0.5
-    """Of the window's scores (``quantile``)."""
-    target_risk: float = 0.1
-    """Largest share of hallucinating answers among those that pass (``risk_controlled``)."""
-    confidence: float = 0.9
-    """Probability with which the bound on that share holds (``risk_controlled``)."""
-    fallback: ThresholdFallback = ThresholdFallback.safest
-    """What passes while no τ keeps the risk under ``target_risk`` (``risk_controlled``)."""
-    every: int = 5
-    """Steps between recalibrations."""
-    window: int = 512
-    """Newest candidates that a calibration looks at (``risk_controlled``: newest with known facts)."""
-    min_labelled: int = 32
-    """Candidates below which nothing is calibrated."""
-
-
-@dataclass
-class GrpoConfig:
-    weight: float = 1.0
+class GrpoConfig(Settings):
+    weight: NonNegativeFloat = 1.0
     """0 turns the GRPO term off."""
-    clip_low: float = 0.2
-    """ε below 1: the ratio is clipped at 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_low: ShareBelowOne | None = 0.2
+    """ε below 1: the ratio is clipped at 1 - clip_low. Null, for ``surrogate=cispo`` only, is no lower bound: the
+    published CISPO has none."""
+    clip_high: NonNegativeFloat = 0.2
     """ε above 1: the ratio is clipped at 1 + clip_high."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     """c > 1: with a negative advantage the objective is at least c times it. Null turns it off."""
     ratio: Ratio = Ratio.token
-    """``token`` (Eq. 8) or ``sequence`` (GSPO)."""
+    """What the importance ratio is taken over."""
     surrogate: Surrogate = Surrogate.clip
-    """``clip`` (Eq. 8) or ``cispo``."""
+    """What bounds the policy update."""
     std: Std = Std.population
-    """Divisor of the advantage."""
+    """Divisor of the group advantage."""
     aggregation: Aggregation = Aggregation.sample
-    """From token terms to one loss."""
+    """How token terms become one loss."""
     filter: GrpoFilter = GrpoFilter.effective
-    """Fresh samples that the term sees."""
-    kl_weight: float = 0.0
+    """Which fresh samples the term sees."""
+    kl_weight: NonNegativeFloat = 0.0
     """Weight of the penalty to the reference policy; Eq. 8 has none."""
     kl_estimator: KlEstimator = KlEstimator.k3
-    """``k1``, ``k2`` or ``k3``."""
+    """Estimator of KL(policy ‖ reference) on one token, with d = log π_ref − log π."""
     kl_place: KlPlace = KlPlace.loss
-    """``loss`` or ``reward``."""
+    """Where the penalty acts."""
     mismatch: Mismatch = Mismatch.none
-    """Correction of rollout and learner mismatch."""
-    mismatch_cap: float = 2.0
-    """Its cap, above 1."""
+    """Correction of what rollout engine (and age) and learner disagree about: w = π_start / π_behaviour, where π_start
+    is the learner's policy at the start of the step."""
+    mismatch_cap: Annotated[float, Field(gt=1, allow_inf_nan=True)] = 2.0
+    """Its cap; infinity leaves w uncapped."""
 
 
-@dataclass
-class MpoConfig:
-    weight: float = 0.25
+class MpoConfig(Settings):
+    weight: NonNegativeFloat = 0.25
     """Multiplies the whole MPO term; 0 turns it off."""
-    preference_weight: float = 0.8
+    preference_weight: NonNegativeFloat = 0.8
     """w1, DPO."""
-    quality_weight: float = 0.2
+    quality_weight: NonNegativeFloat = 0.2
     """w2, BCO."""
-    generation_weight: float = 1.0
+    generation_weight: NonNegativeFloat = 1.0
     """w3, negative log-likelihood of the chosen answer."""
-    preference_weight_end: float | None = None
+    preference_weight_end: NonNegativeFloat | None = None
     """w1 at the last step, reached linearly; null keeps it constant."""
-    quality_weight_end: float | None = None
+    quality_weight_end: NonNegativeFloat | None = None
     """w2 at the last step."""
-    generation_weight_end: float | None = None
+    generation_weight_end: NonNegativeFloat | None = None
     """w3 at the last step."""
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """β of DPO and BCO."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a pair's labels are the wrong way round (conservative DPO)."""
     reference_free: bool = False
     """DPO and BCO without the reference: h = log π_θ."""
     delta: DeltaKind = DeltaKind.cumulative
     """Moving average behind BCO's δ."""
-    delta_decay: float = 0.9
+    delta_decay: ShareBelowOne = 0.9
     """Decay of the exponential one."""
     pairs: PairSource = PairSource.reward_margin
-    """``reward_margin``, ``rule`` or ``dropout_ntp``."""
-    threshold: ThresholdConfig = field(
+    """Where preference pairs come from."""
+    threshold: ThresholdConfig = Field(
         default_factory=lambda: ThresholdConfig(kind=ThresholdKind.risk_controlled, value=2.0)
     )
     """On r_θ(chosen) − r_θ(rejected). ``risk_controlled`` needs answers that can be checked; without any the run ends
     at the first calibration."""
-    pairs_per_prompt: int = 1
+    pairs_per_prompt: Count = 1
     """Most pairs formed in one group; a sample is in one pair at most."""
-    reference_every: int = 0
+    reference_every: NonNegativeInt = 0
     """Steps after which the reference becomes the current policy (iterated MPO); 0 is never."""
-    reference_kl: float | None = None
+    reference_kl: PositiveFloat | None = None
     """The same as soon as KL(policy ‖ reference), nats a token of the pairs, exceeds this; null is never."""
 
 
-@dataclass
-class AlgorithmConfig:
+class AlgorithmConfig(Settings):
     stage: Stage = Stage.joint
-    """``joint``, ``grpo``, ``mpo`` or ``mpo_then_grpo``."""
-    mpo_steps: int = 20
+    """Which terms are trained."""
+    mpo_steps: NonNegativeInt = 20
     """Steps of the first stage of ``mpo_then_grpo``."""
-    grpo: GrpoConfig = field(default_factory=GrpoConfig)
-    mpo: MpoConfig = field(default_factory=MpoConfig)
-    gate: ThresholdConfig = field(default_factory=lambda: ThresholdConfig(kind=ThresholdKind.off))
+    grpo: GrpoConfig = GrpoConfig()
+    mpo: MpoConfig = MpoConfig()
+    gate: ThresholdConfig = Field(default_factory=lambda: ThresholdConfig(kind=ThresholdKind.off))
     """On r_θ of answers that are right by the rule: below it their reinforcement is withheld."""
+    terms: list[OwnTerm] = Field(default_factory=list)
+    """Terms of the loss that you wrote yourself, each ``{path: package.module:Name, weight: 1.0, settings: {…}}``."""
 
-    def weights(self, step: int) -> tuple[float, float]:
-        """``(grpo weight, mpo weight)`` at step 1, 2, …: 0 for a term that the stage does not train then."""
+    def weights(self, step: int) -> dict[str, float]:
+        """Weight of each term of the loss at step 1, 2, …: ``grpo``, ``mpo`` (0 for one that the stage does not train
+        then) and the paths of your own terms."""
         mpo_now = self.stage in (Stage.joint, Stage.mpo)
         grpo_now = self.stage in (Stage.joint, Stage.grpo)
         if self.stage is Stage.mpo_then_grpo:
             mpo_now = step <= self.mpo_steps
             grpo_now = not mpo_now
-        return (self.grpo.weight if grpo_now else 0.0, self.mpo.weight if mpo_now else 0.0)
+        own = {term.path: term.weight for term in self.terms}
+        return {"grpo": self.grpo.weight * grpo_now, "mpo": self.mpo.weight * mpo_now} | own
 
     @property
     def uses_mpo(self) -> bool:
@@ -290,28 +227,87 @@ class AlgorithmConfig:
         return self.stage is not Stage.mpo and self.grpo.weight > 0
 
 
-@dataclass
-class BufferConfig:
-    enabled: bool = True
-    """False turns the Selective Sample Buffer off: only fresh samples are trained on."""
-    capacity: int = 4096
-    """Samples kept."""
-    eviction: Eviction = Eviction.oldest
-    """What goes when it is full: ``oldest`` or ``smallest``."""
-    max_age: int = 8
-    """Policy versions after which a sample is no longer drawn and is dropped."""
-    unit: Unit = Unit.sample
-    """``sample``, or ``group``: all kept samples of a prompt are drawn together, by their mean priority."""
-    alpha: float = 1.0
-    """Priority of a sample: |A|^alpha."""
-    recency: float = 1.0
-    """Priority is multiplied by this for each version of age: below 1 prefers young samples."""
-    uniform_share: float = 0.0
-    """Share u of uniform draws: P = (1 − u) · priority / Σ priority + u / N."""
-    mix: float = 0.25
-    """Largest share of the rollout batch that replayed samples may fill; they only take places that
-    ineffective fresh samples leave free."""
-    fill_target: float | None = None
-    """Replay only until this share of the rollout batch is effective; null fills up to ``mix``."""
-    importance_correction: bool = False
-    """Weight a drawn sample by 1/(N·P), normalised to mean 1."""
+def algorithm_problems(cfg: Config) -> Iterator[Problem]:
+    """What does not fit together here."""
+    yield from _stages(cfg)
+    if cfg.algorithm.uses_grpo:
+        yield from _objective(cfg)
+    yield from _pairs(cfg)
+    if cfg.model.reward is None:
+        yield from _without_reward_model(cfg)
+    yield from cfg.algorithm.mpo.threshold.problems("algorithm.mpo.threshold")
+    yield from cfg.algorithm.gate.problems("algorithm.gate")
+
+
+def _stages(cfg: Config) -> Iterator[Problem]:
+    algorithm, grpo, mpo = cfg.algorithm, cfg.algorithm.grpo, cfg.algorithm.mpo
+    keys = "algorithm.stage algorithm.grpo.weight algorithm.mpo.weight"
+    if not any((algorithm.uses_grpo, algorithm.uses_mpo, *(term.weight for term in algorithm.terms))):
+        yield keys, "nothing would be trained; set a weight above 0"
+    paths = [term.path for term in algorithm.terms]
+    if len(set(paths)) < len(paths):
+        yield "algorithm.terms", f"each term must be there once; their paths are {', '.join(paths)}"
+    if algorithm.stage is Stage.mpo_then_grpo:
+        if not (grpo.weight > 0 and mpo.weight > 0):
+            yield keys, "one of the stages would train nothing; both weights must be above 0"
+        if not 1 <= algorithm.mpo_steps < cfg.controller.steps:
+            keys = "algorithm.stage algorithm.mpo_steps controller.steps"
+            yield keys, "mpo_steps must be 1 or more and below steps, so that both stages run"
+
+
+def _objective(cfg: Config) -> Iterator[Problem]:
+    grpo, top_p, clip = cfg.algorithm.grpo, cfg.rollout.top_p, cfg.algorithm.grpo.surrogate is Surrogate.clip
+    if clip and grpo.clip_low is None:
+        yield "algorithm.grpo.clip_low algorithm.grpo.surrogate", "must be a number, 0 or more and below 1"
+    elif clip and grpo.mismatch is Mismatch.none and top_p < 1 - (grpo.clip_low or 0):
+        yield (
+            "rollout.top_p algorithm.grpo.clip_low",
+            "a fresh token's ratio starts between top_p and 1, so tokens of wrong answers could lie outside the clip "
+            "from the start and teach nothing; top_p must be at least 1 - clip_low, or set algorithm.grpo.mismatch, "
+            "which takes the cut out of the ratio",
+        )
+    if not clip and grpo.dual_clip is not None:
+        yield "algorithm.grpo.dual_clip algorithm.grpo.surrogate", "CISPO has no clipped objective; set dual_clip=null"
+    if grpo.mismatch is not Mismatch.none and grpo.dual_clip is not None:
+        mend = "the ratio of the step is 1 then, and nothing is clipped; set dual_clip=null or mismatch=none"
+        yield "algorithm.grpo.dual_clip algorithm.grpo.mismatch", mend
+    if grpo.ratio is Ratio.sequence and grpo.mismatch in (Mismatch.token_truncate, Mismatch.token_mask):
+        mend = "the one corrects single tokens, the other takes whole samples; use mismatch=sequence_mask or none"
+        yield "algorithm.grpo.mismatch algorithm.grpo.ratio", mend
+
+
+def _pairs(cfg: Config) -> Iterator[Problem]:
+    mpo, path = cfg.algorithm.mpo, cfg.data.pairs_path
+    if path is not None and cfg.algorithm.stage is not Stage.mpo:
+        yield "data.pairs_path algorithm.stage", "offline pairs train MPO alone; set algorithm.stage=mpo"
+    if path is not None and not Path(path).is_file():
+        yield "data.pairs_path", "must be a Parquet file of pairs; no such file exists"
+    if path is not None and cfg.controller.lag:
+        yield "controller.lag data.pairs_path", "nothing is sampled for offline pairs; lag must be 0"
+    if mpo.reference_every or mpo.reference_kl is not None:
+        keys = "algorithm.mpo.reference_every algorithm.mpo.reference_kl"
+        if mpo.reference_free:
+            yield f"{keys} algorithm.mpo.reference_free", "there is no reference to refresh; set them to 0 and null"
+        elif not (cfg.algorithm.uses_mpo and (mpo.preference_weight > 0 or mpo.quality_weight > 0)):
+            none = "only steps whose MPO term compares with the reference refresh it, and this run has none"
+            yield keys, f"{none}; set them to 0 and null"
+    if mpo.pairs_per_prompt > 1 and mpo.pairs is PairSource.dropout_ntp:
+        yield "algorithm.mpo.pairs_per_prompt algorithm.mpo.pairs", "such pairs come one a prompt; must be 1"
+    if mpo.pairs_per_prompt > 1 and mpo.threshold.kind is ThresholdKind.risk_controlled:
+        mend = "its bound holds for the first pair of a prompt only; use 1, or another kind of threshold"
+        yield "algorithm.mpo.pairs_per_prompt algorithm.mpo.threshold.kind", mend
+
+
+def _without_reward_model(cfg: Config) -> Iterator[Problem]:
+    uses_mpo, mpo, rule = cfg.algorithm.uses_mpo, cfg.algorithm.mpo, cfg.algorithm.mpo.pairs is PairSource.rule
+    if uses_mpo and cfg.data.pairs_path is None and not rule:
+        mend = "a reward model chooses such pairs; set model.reward, algorithm.mpo.pairs=rule or algorithm.stage=grpo"
+        yield "model.reward algorithm.mpo.weight algorithm.mpo.pairs", mend
+    if cfg.algorithm.gate.kind is not ThresholdKind.off:
+        yield "model.reward algorithm.gate.kind", "needs a reward model; set kind=off"
+    if uses_mpo and rule and mpo.threshold.kind is not ThresholdKind.off:
+        yield "model.reward algorithm.mpo.threshold.kind", "needs a reward model; set kind=off"
+    if cfg.reward.model_weight != 0:
+        yield "model.reward reward.model_weight", "there is no score to weigh; set model_weight=0"
+    if cfg.algorithm.grpo.filter is GrpoFilter.all:
+        yield "model.reward algorithm.grpo.filter", "tied groups have no signal; use filter=effective"

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import re
+from collections.abc import Collection
 from enum import Enum
+from itertools import chain
+from typing import Annotated, Any
 
-from skyrl.settings.algorithm import AlgorithmConfig, BufferConfig
-from skyrl.settings.system import DataConfig, LearnerConfig, ModelConfig, RewardConfig, RolloutConfig
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, ValidationError
+
+from skyrl.digits.settings import DigitsConfig, digits_problems
+from skyrl.records import ConfigError
+from skyrl.schema import Count, Setting, Settings, Share, field_problems, settings_of, shown, value_at
+from skyrl.settings.algorithm import AlgorithmConfig, algorithm_problems
+from skyrl.settings.buffer import BufferConfig, buffer_problems
+from skyrl.settings.system import DataConfig, LearnerConfig, ModelConfig, RewardConfig, RolloutConfig, system_problems
+
+NAME = r"^[^/\\\p{C}]*[^/\\\p{C}.][^/\\\p{C}]*$"
+NAME_WORDS = "a name of a folder: not empty, without slashes, backslashes and control characters, not . or .."
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern), Field(json_schema_extra={"allowed": "a regular expression"})]
 
 
 class WandbMode(Enum):
@@ -17,99 +41,92 @@ class WandbMode(Enum):
     off = "off"
 
 
-@dataclass
-class EvaluationConfig:
-    every: int = 10
+class EvaluationConfig(Settings):
+    every: NonNegativeInt = 10
     """Steps between evaluations; there is always one before the first step and one after the last.
     0 leaves only those two."""
-    gallery: int = 12
+    gallery: NonNegativeInt = 12
     """Scenes shown in the report, before and after."""
 
 
-@dataclass
-class HallucinationConfig:
+class HallucinationConfig(Settings):
     """Monitors of visual hallucination; docs/hallucination.md describes each."""
 
-    probe_prompts: int = 64
+    probe_prompts: NonNegativeInt = 64
     """Most evaluation prompts that the image-blind and the masked-picture probe look at, at each evaluation. The first
     takes so many prompts and passes over those without a picture, the second takes so many with one. Bounds their cost,
     which ``eval/probe_seconds`` shows; 0 turns them off."""
-    mask_share: float = 0.6
+    mask_share: Share = 0.6
     """Share of a picture's patches that the masked-picture probe blackens."""
-    mask_patch: int = 14
+    mask_patch: Count = 14
     """Side of such a patch, pixels."""
     gate_score: float = 0.0
     """The reward-model gate reports answers that are right by the rule and scored below this (raw units), unless
     ``algorithm.gate.kind=fixed`` sets another."""
-    phrases: list[str] = field(
-        default_factory=lambda: [
-            r"\b(?:can(?:no|')?t|unable to|not able to) (?:see|view|access) (?:the |any |an )?(?:image|picture|photo)",
-            r"\bno (?:image|picture|photo) (?:is |was )?(?:provided|attached|given|visible)",
-        ]
-    )
+    phrases: list[Pattern] = [  # noqa: RUF012 -- pydantic copies it
+        r"\b(?:can(?:no|')?t|unable to|not able to) (?:see|view|access) (?:the |any |an )?(?:image|picture|photo)",
+        r"\bno (?:image|picture|photo) (?:is |was )?(?:provided|attached|given|visible)",
+    ]
     """Regular expressions (case ignored) of answers that deny seeing a picture that was there."""
 
 
-@dataclass
-class FilterConfig:
+class FilterConfig(Settings):
     """``python -m skyrl.filter_prompts``: the offline pass of the Selective Sample Buffer."""
 
     output: str = "pool.parquet"
     """File written: one row a prompt, with its pass rate."""
-    rows: int | None = None
+    rows: Count | None = None
     """First rows of the training data that are rolled out; null means all."""
 
 
-@dataclass
-class CheckpointConfig:
-    every: int = 20
+class CheckpointConfig(Settings):
+    every: NonNegativeInt = 20
     """Steps between checkpoints; 0 writes none but the final one."""
-    keep: int = 2
+    keep: Count = 2
     """Complete checkpoints kept, the newest ones."""
     export: bool = True
     """Write the final policy as a Hugging Face folder."""
 
 
-@dataclass
-class ControllerConfig:
-    steps: int = 40
+class ControllerConfig(Settings):
+    steps: Count = 40
     """Length of the run."""
-    seed: int = 0
-    """Seed of sampling and replay. The order of prompts follows ``data.seed``, embedded models ``model.seed``; with the
-    same seeds and settings a run repeats."""
-    timeout: float = 1800.0
+    seed: NonNegativeInt = 0
+    """Seed of sampling and replay. The order of prompts follows ``data.seed``, embedded models ``digits.model_seed``;
+    with the same seeds and settings a run repeats."""
+    lag: NonNegativeInt = 0
+    """Rollouts for step k + lag are asked before step k is trained: sampling and training then overlap, and each sample
+    is ``lag`` policy versions older. 0 does one after the other."""
+    timeout: PositiveFloat = 1800.0
     """Seconds after which a phase that does not end is an error."""
 
 
-@dataclass
-class ClusterConfig:
+class ClusterConfig(Settings):
     address: str | None = None
     """Ray cluster to join; null means ``$RAY_ADDRESS``, and if that is unset a local Ray."""
-    num_cpus: int | None = None
+    num_cpus: Count | None = None
     """CPUs of a local Ray; null means all cores."""
     dashboard: bool = True
     """Start the Ray dashboard with a local Ray."""
-    dashboard_port: int = 8265
+    dashboard_port: Annotated[int, Field(ge=0, le=65535)] = 8265
     """Its port; the next free one is taken."""
     spread: bool = True
     """Place the workers of one kind on different nodes where possible."""
 
 
-@dataclass
-class MonitoringConfig:
+class MonitoringConfig(Settings):
     console: bool = True
     """Live table in a terminal; plain lines otherwise."""
     wandb: WandbMode = WandbMode.auto
     """Weights & Biases."""
     wandb_project: str = "skyrl"
-    """Its project."""
+    """Its project, so that those of one team can be told apart."""
     ray_metrics: bool = True
     """Gauges for the Ray dashboard and Prometheus."""
 
 
-@dataclass
-class Config:
-    name: str = "digits"
+class Config(Settings):
+    name: Annotated[str, Field(pattern=NAME, json_schema_extra={"allowed": NAME_WORDS})] = "digits"
     """Names the run: its folder, its Ray namespace, its wandb run."""
     run_dir: str = ""
     """Folder of everything that a run writes; set by ``conf/config.yaml``. Every host must see it."""
@@ -117,17 +134,71 @@ class Config:
     """``no``, ``auto`` (the newest complete checkpoint in ``run_dir``, else of the runs of this ``name`` whose folders
     lie beside it; a fresh run if there is none) or the path of a checkpoint folder. A resumed run goes on in its old
     ``run_dir``, with the data and models that it began with; it says what else has changed."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    buffer: BufferConfig = field(default_factory=BufferConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    hallucination: HallucinationConfig = field(default_factory=HallucinationConfig)
-    filter: FilterConfig = field(default_factory=FilterConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    controller: ControllerConfig = field(default_factory=ControllerConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    digits: DigitsConfig = DigitsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    buffer: BufferConfig = BufferConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    hallucination: HallucinationConfig = HallucinationConfig()
+    filter: FilterConfig = FilterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    controller: ControllerConfig = ControllerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+
+@functools.cache
+def all_settings() -> dict[str, Setting]:
+    """Every setting by its key."""
+    return {setting.key: setting for setting in settings_of(Config())}
+
+
+def checked(data: dict[str, Any], with_learner: bool = True) -> Config:
+    """The configuration of these values; what they leave out has its default.
+
+    Args:
+        data: nested dictionaries, as YAML has them.
+        with_learner: False if no learner will start, whose device and type do not matter then.
+
+    Raises:
+        ConfigError: naming every unknown key, every value out of range and every impossible combination, one a line.
+    """
+    wrong: dict[str, str] = {}
+    defaults = Config().model_dump()
+    try:
+        cfg = Config.model_validate(_merged(defaults, data, wrong))
+    except ValidationError as error:
+        wrong = field_problems(error, data, all_settings())
+        cfg = Config.model_validate(_merged(defaults, data, wrong))  # to see what else is wrong
+    values, found = cfg.model_dump(), list(wrong.values())
+    groups = system_problems(cfg, with_learner), buffer_problems(cfg), algorithm_problems(cfg), digits_problems(cfg)
+    for keys, sentence in chain(*groups):
+        if not wrong.keys() & set(keys.split()):
+            given = " with ".join(f"{key}={shown(value_at(values, key))}" for key in keys.split())
+            found.append(f"{given}: {sentence}")
+    if found:
+        raise ConfigError("\n".join(found))
+    return cfg
+
+
+def validate(cfg: Config, with_learner: bool = True) -> None:
+    """As :func:`checked`, for a configuration that was changed in the program."""
+    checked(cfg.model_dump(), with_learner)
+
+
+def _merged(
+    defaults: dict[str, Any], data: dict[str, Any], left_out: Collection[str], prefix: str = ""
+) -> dict[str, Any]:
+    """``defaults`` with the values of ``data`` in their place, but for some dotted keys. A group is not replaced as a
+    whole: two thresholds of one class have defaults of their own."""
+    merged = dict(defaults)
+    for name, value in data.items():
+        key, default = f"{prefix}{name}", defaults.get(name)
+        both = isinstance(value, dict) and isinstance(default, dict)
+        if key not in left_out:
+            merged[name] = _merged(default or {}, value, left_out, f"{key}.") if both else value
+    return merged

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from skyrl.records import ConfigError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from skyrl.schema import Count, DottedPath, Limit, Problem, Settings, Share, ShareBelowOne
+
+if TYPE_CHECKING:
+    from skyrl.settings.run import Config
+
+SHARED_GPU_LIMIT = 0.6
+BUILTIN_VERIFIERS = ("exact", "numeric", "math", "choice")
 
 
 class Squash(Enum):
-    """What is done to the reward model's raw score before it is added to the rule reward."""
-
     none = "none"
     """The paper's raw sum (Eq. 7)."""
     sigmoid = "sigmoid"
@@ -27,8 +35,6 @@ class Schedule(Enum):
 
 
 class Trainable(Enum):
-    """Which modules are trained (the paper's Table 4)."""
-
     all = "all"
     adapter = "adapter"
     language_and_adapter = "language_and_adapter"
@@ -36,170 +42,225 @@ class Trainable(Enum):
 
 
 class WeightSync(Enum):
-    """Backend of vLLM's weight-transfer API."""
-
     shm = "shm"
     """skyrl's own, for CPU: Ray's object store, zero-copy on one host."""
     nccl = "nccl"
     ipc = "ipc"
 
 
-@dataclass
-class ModelConfig:
+class Truncated(Enum):
+    train = "train"
+    """It is judged and trained on like any other: without an end it is mostly wrong."""
+    leave_out = "leave_out"
+    """It is judged, so that it counts in its group, but none of its tokens is trained on."""
+    soft_penalty = "soft_penalty"
+    """As ``train``, and answers lose reward the nearer they come to the limit (DAPO, Eq. 13): nothing up to
+    ``max_new_tokens − soft_penalty_tokens``, then evenly up to 1."""
+
+
+class ModelConfig(Settings):
     policy: str = "digits"
     """``digits`` builds the embedded default and caches it; anything else is a Hugging Face folder."""
     reward: str | None = "digits"
     """``digits``, a folder written by ``RewardModel.save``, or null for no reward model."""
-    dtype: str = "float32"
-    """``float32``, ``bfloat16`` or ``float16``; on CPU float32 keeps rollout and learner within 1e-6."""
-    cache_dir: str | None = None
-    """Where embedded models are kept; null means ``~/.cache/skyrl`` (or ``$SKYRL_CACHE``)."""
-    warm_start_steps: int = 320
-    """Supervised steps of the embedded policy."""
-    reward_body_steps: int = 100
-    """Further supervised steps of the embedded reward model's body."""
-    reward_steps: int = 40
-    """Bradley-Terry steps of the embedded reward model."""
-    seed: int = 0
-    """Seed of both embedded models."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """On CPU use float32: rollout and learner agree best then."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model's chat template, such as ``enable_thinking: false``."""
 
 
-@dataclass
-class DataConfig:
-    source: str = "digits"
-    """``digits`` (generated scenes) or ``parquet``."""
+class DataConfig(Settings):
+    source: Literal["digits", "parquet"] | DottedPath = "digits"
+    """Generated scenes, or files of your own."""
     train_path: str | None = None
     """Parquet file of training prompts; see docs/data.md for its columns."""
     eval_path: str | None = None
     """Parquet file of evaluation prompts."""
-    train_size: int = 20_000
-    """Scenes generated for training (``digits``)."""
-    eval_size: int = 512
+    eval_size: Count = 512
     """Held-out prompts evaluated each time."""
-    text_share: float = 0.15
-    """Share of digit prompts that are arithmetic without a picture."""
-    kinds: list[str] = field(default_factory=lambda: ["sum", "max", "min", "count", "row_difference"])
-    """Questions about pictures. With ``max``, ``min`` and ``count`` alone a right answer does not need every digit
-    read right, so a reward for the answer alone leaves room to hallucinate."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the scenes and of the shuffling."""
     pool_path: str | None = None
     """Parquet file written by ``python -m skyrl.filter_prompts``: only its prompts are trained on."""
-    pool_min: float = 0.0
+    pool_min: Share = 0.0
     """A prompt of the pool is used if its pass rate is above this …"""
-    pool_max: float = 1.0
+    pool_max: Share = 1.0
     """… and below this. The defaults keep what is neither always wrong nor always right."""
     pairs_path: str | None = None
     """Parquet file of preference pairs: offline MPO, without sampling (docs/data.md). Needs ``algorithm.stage=mpo``."""
-    pairs_per_step: int = 32
+    pairs_per_step: Count = 32
     """Pairs of a step of offline MPO."""
 
 
-@dataclass
-class RolloutConfig:
-    num_workers: int = 1
-    """vLLM engines, each in an actor of its own."""
-    prompts_per_step: int = 64
-    """Prompts sampled in a step, shared by the workers."""
-    samples_per_prompt: int = 8
-    """G, the group size."""
-    temperature: float = 1.0
-    """Sampling temperature; the learner applies it too."""
-    top_p: float = 1.0
+class WorkerConfig(Settings):
+    """What each role has that runs as several workers."""
+
+    num_workers: Count = 1
+    """Workers, each in a Ray actor of its own."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where their models run."""
+    num_cpus: NonNegativeFloat = 0.25
+    """Ray CPUs that one worker reserves. At ``controller.lag=0`` the roles take turns, so the sum over all workers may
+    stay below the number of cores while each uses ``threads`` of them in its turn."""
+    threads: NonNegativeInt = 0
+    """OpenMP threads of one worker; 0 means the cores of a node shared by its workers of this role."""
+
+
+class RolloutConfig(WorkerConfig):
+    engine: DottedPath = "skyrl.rollout.vllm_engine:VllmEngine"
+    """Class of the engine that samples; docs/architecture.md says what one of your own has to write."""
+    prompts_per_step: Count = 64
+    """Prompts sampled in a step, shared evenly by the workers."""
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """G, the group size. An advantage is a comparison within the group, so a group of one has none."""
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0
+    """Sampling temperature; the learner applies it too. vLLM refuses more than 2, and samples at 0.01 instead of at
+    anything lower."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling. Below 1 the recorded log-probabilities are those of the cut distribution, so the ratio to the
-    learner starts below 1, and δ of MPO takes a forward pass of its own."""
-    max_prompt_tokens: int = 96
+    learner starts between ``top_p`` and 1, and δ of MPO takes a forward pass of its own."""
+    max_prompt_tokens: Count = 96
     """Longest prompt, pictures' placeholders included; a longer one is an error."""
-    max_new_tokens: int = 64
-    """Longest answer; one that reaches it is marked as truncated."""
-    tensor_parallel_size: int = 1
+    max_new_tokens: Count = 64
+    """Longest answer; ``reward.truncated`` says what happens to one that reaches it."""
+    tensor_parallel_size: Count = 1
     """GPUs of one engine."""
-    gpu_memory_utilization: float = 0.85
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a GPU's memory that vLLM takes."""
-    kv_cache_gib: int = 1
-    """Key-value cache of one CPU engine, GiB."""
-    max_num_seqs: int = 256
+    kv_cache_gib: Count = 1
+    """Key-value cache of one CPU engine, GiB; raise it if vLLM says that the longest answer does not fit."""
+    max_num_seqs: Count = 256
     """Sequences that one engine decodes together."""
-    device: str = "cpu"
-    """``cpu`` or ``cuda``."""
-    num_cpus: float = 0.25
-    """Ray CPUs that one worker reserves. Phases alternate in the synchronous loop, so the sum over all
-    actors may stay below the number of cores while each uses ``threads`` of them in its turn."""
-    threads: int = 0
-    """OpenMP threads of one worker; 0 means the cores of a node shared by its workers."""
     weight_sync: WeightSync = WeightSync.shm
-    """How weights reach the engines."""
-    probe_prompts: int = 8
+    """How weights reach the engines: backend of vLLM's weight-transfer API."""
+    probe_prompts: Count = 8
     """Prompts that prove each weight sync."""
-    probe_new_tokens: int = 8
+    probe_new_tokens: Count = 8
     """Tokens sampled for each of them."""
-    logprob_gap_limit: float | None = None
+    logprob_gap_limit: Limit | None = None
     """Limit of the largest |log π_rollout − log π_learner| on the probe, of the mean in 16 bits on CUDA. null means
-    1e-4 in float32, 0.1 in 16 bits, 0.05 for that mean."""
+    1e-4 in float32, 0.1 in 16 bits, 0.05 for that mean; infinity turns it off."""
 
 
-@dataclass
-class RewardConfig:
-    num_workers: int = 1
-    """Reward actors, each with verifiers and a copy of the reward model."""
-    model_weight: float = 1.0
+class RewardConfig(WorkerConfig):
+    """Each worker holds the verifiers and a copy of the reward model."""
+
+    model_weight: NonNegativeFloat = 1.0
     """w in r = r_rule + w·squash(r_θ) + w_f·r_format."""
-    format_weight: float = 0.1
+    format_weight: NonNegativeFloat = 0.1
     """w_f."""
     squash: Squash = Squash.sigmoid
-    """Brings the raw score into range."""
-    squash_scale: float = 0.5
+    """What is done to the reward model's raw score before it is added to the rule reward."""
+    squash_scale: PositiveFloat = 0.5
     """Divides the raw score inside the squashing function."""
-    verifier_timeout: float = 5.0
+    truncated: Truncated = Truncated.train
+    """What happens to an answer that the length limit ended."""
+    soft_penalty_tokens: Count = 16
+    """Width of the stretch before the limit in which ``soft_penalty`` acts (DAPO's L_cache), tokens."""
+    verifiers: dict[str, DottedPath] = Field(default_factory=dict)
+    """Verifiers of your own, by the name that data give them: ``{close: "my_verifiers:close_enough"}``."""
+    verifier_timeout: PositiveFloat = 5.0
     """Seconds that one verifier call may take before it is killed."""
-    numeric_tolerance: float = 1e-6
+    numeric_tolerance: NonNegativeFloat = 1e-6
     """Relative and absolute tolerance of the ``numeric`` verifier."""
-    model_batch: int = 64
+    model_batch: Count = 64
     """Samples that the reward model scores in one forward pass; also the most prompts that it reads in one."""
-    device: str = "cpu"
-    """``cpu`` or ``cuda``, of the reward model."""
-    num_cpus: float = 0.25
-    """Ray CPUs that one worker reserves."""
-    threads: int = 0
-    """As in rollout."""
 
 
-@dataclass
-class LearnerConfig:
-    num_workers: int = 1
-    """Ranks, one DeepSpeed engine each."""
-    zero_stage: int = 0
-    """ZeRO stage 0 … 3. A single rank has nothing to shard; with more, 1 shards the optimizer, 2 also the gradients,
-    3 also the parameters."""
+class LearnerConfig(WorkerConfig):
+    backend: DottedPath = "skyrl.learner.deepspeed_backend:DeepSpeedBackend"
+    """Class that holds the model and its optimizer; docs/architecture.md says what one of your own has to write."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """ZeRO stage. A single rank has nothing to shard; with more, 1 shards the optimizer, 2 also the gradients, 3 also
+    the parameters."""
     trainable: Trainable = Trainable.all
-    """Modules that are trained."""
-    lr: float = 1e-4
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.0
+    """Modules that are trained (the paper's Table 4)."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate of AdamW. The default suits the embedded policy of a million parameters; a model of your own
+    wants about 1e-6, which ``model=huggingface`` sets."""
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.99)
     """Decay rates of AdamW's moments."""
     schedule: Schedule = Schedule.constant
     """Learning rate after the warm-up."""
-    warmup_steps: int = 5
+    warmup_steps: NonNegativeInt = 5
     """Steps of linear warm-up."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Share = 0.1
     """End of the cosine, as a share of ``lr``."""
-    max_grad_norm: float = 1.0
-    """The whole step's gradient is clipped to this L2 norm."""
-    micro_batch_tokens: int = 8192
+    max_grad_norm: Limit = 1.0
+    """The whole step's gradient is clipped to this L2 norm; infinity leaves it alone."""
+    micro_batch_tokens: Count = 8192
     """Padded tokens (prompt and answer) of one forward pass; memory only, never the result (beyond rounding)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
-    device: str = "cpu"
-    """``cpu`` or ``cuda``."""
-    num_cpus: float = 0.25
-    """Ray CPUs that one rank reserves."""
-    threads: int = 0
-    """As in rollout."""
 
-    def __post_init__(self) -> None:
-        if len(self.betas) != 2:
-            raise ConfigError(f"learner.betas={list(self.betas)}: must be two numbers, each 0 or more and below 1")
-        first, second = self.betas  # YAML has lists only
-        self.betas = (first, second)
+
+def system_problems(cfg: Config, with_learner: bool) -> Iterator[Problem]:
+    """What does not fit together here, and which files are missing."""
+    rollout, reward = cfg.rollout, cfg.reward
+    yield from _folders(cfg)
+    yield from _files(cfg)
+    yield from _verifiers(cfg)
+    if rollout.prompts_per_step % rollout.num_workers:
+        yield "rollout.prompts_per_step rollout.num_workers", "every worker must get the same number of prompts"
+    if reward.truncated is Truncated.soft_penalty and reward.soft_penalty_tokens > rollout.max_new_tokens:
+        yield "reward.soft_penalty_tokens rollout.max_new_tokens", "the first must not be above the second"
+    yield from _devices(cfg, with_learner)
+
+
+def _folders(cfg: Config) -> Iterator[Problem]:
+    policy, reward, resume = cfg.model.policy, cfg.model.reward, cfg.resume
+    mend = "; no such folder exists (write its whole path: ~ and names of the Hugging Face hub are not looked up)"
+    if policy != "digits" and not (policy and Path(policy).is_dir()):  # Path("") is the working folder
+        yield "model.policy", f"must be digits or a Hugging Face folder{mend}"
+    if reward not in (None, "digits") and not (reward and Path(reward).is_dir()):
+        yield "model.reward", f"must be digits, null or a folder{mend}"
+    if resume not in ("no", "auto") and not (resume and Path(resume).is_dir()):
+        yield "resume", "must be no, auto, or the folder of a checkpoint; no such folder exists"
+
+
+def _files(cfg: Config) -> Iterator[Problem]:
+    data = cfg.data
+    if data.pool_path is not None and not Path(data.pool_path).is_file():
+        yield "data.pool_path", "no such file exists; python -m skyrl.filter_prompts writes one"
+    if not data.pool_min < data.pool_max:
+        yield "data.pool_min data.pool_max", "the first must be below the second"
+    for key, path in (("data.train_path", data.train_path), ("data.eval_path", data.eval_path)):
+        if data.source == "parquet" and not (path and Path(path).is_file()):
+            yield f"{key} data.source", "must be a Parquet file; no such file exists"
+
+
+def _verifiers(cfg: Config) -> Iterator[Problem]:
+    if taken := sorted(set(cfg.reward.verifiers) & set(BUILTIN_VERIFIERS)):
+        yield "reward.verifiers", f"{', '.join(taken)}: the name of a built-in verifier; give yours another one"
+    if broken := sorted(name for name in cfg.reward.verifiers if ":" in name or not name.strip()):
+        yield "reward.verifiers", f"{', '.join(map(repr, broken))}: must be a name without a colon"
+
+
+def _devices(cfg: Config, with_learner: bool) -> Iterator[Problem]:
+    rollout, learner, sync = cfg.rollout, cfg.learner, cfg.rollout.weight_sync
+    devices = {rollout.device, learner.device} if with_learner else {rollout.device}
+    if sync is WeightSync.shm and rollout.tensor_parallel_size > 1:
+        yield "rollout.tensor_parallel_size rollout.weight_sync", "shm hands memory to one process; use nccl"
+    if sync is WeightSync.shm and rollout.device == "cuda":
+        yield "rollout.weight_sync rollout.device", "shm is for rollouts on CPU; use nccl or ipc"
+    if sync is not WeightSync.shm and devices != {"cuda"}:
+        yield "rollout.weight_sync rollout.device learner.device", "both devices must be cuda; on CPU use shm"
+    if with_learner and cfg.model.dtype != "float32" and learner.zero_stage == 0:
+        mend = "gradients of the micro-batches would add up in 16 bits; use zero_stage=1 or more, also with one worker"
+        yield "learner.zero_stage model.dtype", mend
+    if cfg.model.dtype == "float16" and "cpu" in devices:
+        yield "model.dtype", "is for GPUs; on CPU use float32"
+    if not with_learner or sync is not WeightSync.ipc:
+        return
+    # CUDA hands memory over on one GPU only, so each learner rank shares its own with one rollout worker.
+    if rollout.num_workers != learner.num_workers or rollout.tensor_parallel_size > 1:
+        yield (
+            "rollout.weight_sync rollout.num_workers rollout.tensor_parallel_size learner.num_workers",
+            "each learner rank shares its GPU with one rollout worker, so the numbers of workers must be equal and "
+            "tensor_parallel_size 1; or use nccl",
+        )
+    if rollout.gpu_memory_utilization > SHARED_GPU_LIMIT:
+        most = f"a learner rank has the rest of the same GPU; must be at most {SHARED_GPU_LIMIT:g}"
+        yield "rollout.gpu_memory_utilization rollout.weight_sync", most

@@ -1,38 +1,58 @@
-"""Control plane of a GPU weight transfer: the four calls that vLLM's trainer side makes, sent to all rollout actors."""
+"""Control plane of a GPU weight transfer: the four calls that vLLM's trainer side makes, sent to all rollout members.
+
+Not run on a GPU yet: see docs/architecture.md.
+"""
 
 from __future__ import annotations
 
 import base64
 import pickle
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import ray
+from skyrl.crew.crew import Crew
+from skyrl.learner.step import LearnerStep
+from skyrl.rollout.sampler import Sampler
+
+_SENDERS: WeakKeyDictionary[LearnerStep, Any] = WeakKeyDictionary()
+"""The sender of a learner rank, made at its first sync."""
+
+
+def send_weights(learner: LearnerStep, rollouts: Crew[Sampler], host: str) -> None:
+    """Push weights by vLLM's own trainer side (nccl, ipc). Every learner rank calls it.
+
+    Args:
+        rollouts: Receive; called from this process.
+        host: Address of the first rank, where the engines meet it (nccl).
+    """
+    from skyrl.sync.gpu_transfer import LearnerSource, VllmSender
+
+    sender = _SENDERS.get(learner)
+    if sender is None:
+        source = LearnerSource(learner.policy_parameters, learner.policy_layout())
+        sender = VllmSender(learner.cfg, RolloutControl(rollouts), source, learner.rank, host)
+        _SENDERS[learner] = sender
+    sender.send()
 
 
 class RolloutControl:
-    """Implements vLLM's ``VLLMWeightSyncClient`` protocol over rollout actors.
+    """Implements vLLM's ``VLLMWeightSyncClient`` protocol over the rollout crew."""
 
-    Args:
-        rollouts: Handles of the rollout actors.
-    """
-
-    def __init__(self, rollouts: list[Any]) -> None:
+    def __init__(self, rollouts: Crew[Sampler]) -> None:
         self.rollouts = rollouts
 
     def _all(self, method: str, kwargs: dict[str, Any]) -> None:
-        ray.get([rollout.transfer_rpc.remote(method, kwargs) for rollout in self.rollouts])
+        self.rollouts.each(Sampler.transfer, method, kwargs)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """``rank_offset`` differs per engine: engines follow each other in the NCCL group."""
-        calls = []
         offset = int(init_info.get("rank_offset", 1))
         per_engine = (int(init_info["world_size"]) - 1) // len(self.rollouts) if "world_size" in init_info else 1
-        for i, rollout in enumerate(self.rollouts):
-            info = dict(init_info)
+        infos = [dict(init_info) for _ in range(len(self.rollouts))]
+        for place, info in enumerate(infos):
             if "rank_offset" in info:
-                info["rank_offset"] = offset + i * per_engine
-            calls.append(rollout.transfer_rpc.remote("init_weight_transfer_engine", {"init_info": info}))
-        ray.get(calls)
+                info["rank_offset"] = offset + place * per_engine
+        self.rollouts.fetch(self.rollouts.deal(_begin, infos))
 
     def start_weight_update(self) -> None:
         self._all("start_weight_update", {})
@@ -46,3 +66,7 @@ class RolloutControl:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all("finish_weight_update", {})
+
+
+def _begin(sampler: Sampler, init_info: dict[str, Any]) -> None:
+    sampler.transfer("init_weight_transfer_engine", {"init_info": init_info})

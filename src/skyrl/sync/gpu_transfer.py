@@ -22,8 +22,8 @@ class LearnerSource(WeightSource):
     """The learner's parameters as vLLM wants to read them.
 
     Args:
-        named_parameters: Called once a sync; yields Hugging Face names and whole tensors. Under ZeRO-3 it gathers
-            them one by one, on all ranks in the same order.
+        named_parameters: Called once a sync. Under ZeRO-3 it gathers whole tensors one by one, on all ranks in the same
+            order.
         layout: Theirs.
     """
 
@@ -81,7 +81,6 @@ def _init_info(cfg: Config, rank: int, host: str, layout: Layout) -> Any:
         from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
         largest = max(dtype.itemsize * math.prod(shape) for _, dtype, shape in layout)
-
         # Packed: copies chunk by chunk. Else every gathered parameter would stay until the last one is sent.
         # A parameter that is larger than the buffer would be refused.
         size = max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, largest)

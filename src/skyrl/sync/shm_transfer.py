@@ -39,6 +39,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
+    _shared: dict[str, set[str]] | None = None
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         pass
@@ -46,6 +47,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        if self._shared is None:  # reloading takes shared parameters apart, until it has succeeded
+            self._shared = shared_names(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -56,10 +59,9 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         loaded = self.model.load_weights(parameters_of(update_info.snapshot))
         if loaded is None:  # some architectures do not report; the probe after the sync still proves the result
             return
-        expected = {name for name, _ in self.model.named_parameters()}
-        if self.model_config.hf_text_config.tie_word_embeddings:  # the head is the embedding, sent once
-            expected = {name for name in expected if not name.endswith("lm_head.weight")}
-        missing = sorted(expected - set(loaded))
+        shared = self._shared or {}
+        covered = {same for name in loaded for same in shared.get(name, {name})}
+        missing = sorted({name for name, _ in self.model.named_parameters()} - covered)
         if missing:
             raise SyncError(
                 f"weight snapshot {update_info.snapshot.version} left {len(missing)} parameter(s) of the rollout "
@@ -79,6 +81,18 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def shutdown(self) -> None:
         pass
+
+
+def shared_names(model: Any) -> dict[str, set[str]]:
+    """Name of each parameter that has several → all of them: tied embeddings are sent, and loaded, under one name.
+
+    The model is asked, not its configuration: of ``tie_word_embeddings`` the text part and the top level may say
+    different things or nothing, and vLLM unties a model whose checkpoint has a head of its own.
+    """
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: same for same in names.values() if len(same) > 1 for name in same}
 
 
 def register() -> None:

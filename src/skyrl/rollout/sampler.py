@@ -1,0 +1,226 @@
+"""The role that samples: requests by row number in, groups of answers out. Knows nothing of vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pkgutil import resolve_name
+from typing import Any
+
+import numpy as np
+
+from skyrl.records import ConfigError, DataError, Prompt, RolloutRequest, Sample, SampleGroup, WeightSnapshot
+from skyrl.rollout.engine import Completion, Engine, EngineRequest
+from skyrl.settings import Config
+
+BAD_VALUE = (ValueError, TypeError, LookupError, ArithmeticError)
+"""What an engine raises for a prompt that can't be sampled; anything else is an engine that is broken."""
+
+
+class Sampler:
+    """One rollout worker: data sets, encoder and version round an engine.
+
+    Args:
+        cfg: The whole configuration; ``rollout.engine`` names the engine's class.
+        policy_folder: Hugging Face folder of the starting policy.
+
+    Raises:
+        ConfigError: if there is no such class.
+    """
+
+    def __init__(self, cfg: Config, policy_folder: str) -> None:
+        from skyrl.data.datasets import build_datasets
+        from skyrl.policy.encode import PromptEncoder
+
+        self.cfg, self.version = cfg, 0
+        self.datasets = build_datasets(cfg)
+        self.encoder = PromptEncoder.from_pretrained(policy_folder, chat_template_kwargs=cfg.model.chat_template_kwargs)
+        try:
+            engine_class = resolve_name(cfg.rollout.engine)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"rollout.engine={cfg.rollout.engine} can't be imported here: {error}") from error
+        self.engine: Engine = engine_class(cfg, policy_folder)
+        # A tokenizer may name tokens that the output layer does not have.
+        self._stop_ids = tuple(i for i in self.encoder.stop_token_ids if i < self.engine.vocabulary)
+        self._forbidden_ids = tuple(i for i in self.encoder.forbidden_token_ids() if i < self.engine.vocabulary)
+        self._failure: str | None = None
+
+    def sizes(self) -> dict[str, int]:
+        """Rows per split."""
+        return {split: len(dataset) for split, dataset in self.datasets.items()}
+
+    def generate(self, request: RolloutRequest) -> list[SampleGroup]:
+        """One group per requested row, in the order of the rows; a blind request leaves out rows without pictures.
+
+        Raises:
+            DataError: for an unknown split, a prompt longer than ``rollout.max_prompt_tokens``, or one that the engine
+                refuses.
+        """
+        if request.split not in self.datasets:
+            raise DataError(f"unknown split {request.split!r}; this worker has: {', '.join(self.datasets)}")
+        prompts = [self.datasets[request.split][row] for row in request.rows]
+        if request.blind:
+            prompts = [_blind(prompt) for prompt in prompts if prompt.images]
+        return self._groups(prompts, request, self.cfg.rollout.max_new_tokens, self.cfg.rollout.top_p)
+
+    def probe(self) -> list[SampleGroup]:
+        """Short sampled answers to the first evaluation prompts, seeded by the policy version, to prove a sync."""
+        rollout, dataset = self.cfg.rollout, self.datasets["eval"]
+        prompts = [dataset[row] for row in range(min(rollout.probe_prompts, len(dataset)))]
+        request = RolloutRequest("eval", (), self.version, 1, False, self.cfg.controller.seed)
+        # Without top-p: it renormalises log-probabilities in a way that the learner can't know.
+        return self._groups(prompts, request, rollout.probe_new_tokens, top_p=1.0)
+
+    def continue_blind(self, groups: list[SampleGroup], step: int) -> list[SampleGroup]:
+        """Fill ``SampleGroup.blind`` in place: the best answer's first half, continued without the picture.
+
+        DropoutNTP of InternVL's MPO: a continuation that can't look any more tends to make things up, which makes it
+        the rejected answer of a pair whose chosen one is the whole answer. Groups without a picture, or without an
+        answer that can be cut, keep ``blind=None``.
+
+        Args:
+            groups: Scored groups.
+            step: Number of the step; the continuation's seed is derived from it.
+
+        Returns:
+            ``groups`` itself.
+
+        Raises:
+            DataError: as :meth:`generate`.
+        """
+        rollout = self.cfg.rollout
+        request = RolloutRequest("train", (), step, 1, False, self.cfg.controller.seed)
+        cuts: list[tuple[SampleGroup, int, int]] = []
+        prompts, asked = [], []
+        for group in groups:
+            group.blind = None
+            place = best_answer(group.samples) if group.prompt.images else None
+            if place is None:
+                continue
+            whole = group.samples[place].token_ids
+            kept = len(whole) // 2
+            cuts.append((group, place, kept))
+            prompts.append(_blind(group.prompt))
+            blind = self._asked(prompts[-1], request, rollout.max_new_tokens - kept, rollout.top_p)
+            asked.append(replace(blind, prompt_ids=[*blind.prompt_ids, *whole[:kept].tolist()]))
+        for (group, place, kept), (made,) in zip(cuts, self._answers(prompts, asked), strict=True):
+            chosen = group.samples[place]
+            ids = np.concatenate([chosen.token_ids[:kept], made.token_ids])
+            text, mask = self.encoder.decode_answer(ids.tolist()), np.ones(len(ids), dtype=bool)
+            mask[:kept] = chosen.mask[:kept]
+            # The first half was drawn with the picture and the second without: no distribution gave the whole.
+            half_blind = Sample(len(group.samples), ids, None, text, made.truncated, self.version, mask=mask)
+            group.blind = place, half_blind
+        return groups
+
+    def _groups(
+        self, prompts: list[Prompt], request: RolloutRequest, max_tokens: int, top_p: float
+    ) -> list[SampleGroup]:
+        answers = self._answers(prompts, [self._asked(prompt, request, max_tokens, top_p) for prompt in prompts])
+        groups = []
+        for prompt, completions in zip(prompts, answers, strict=True):
+            group = SampleGroup(prompt, completions[0].prompt_ids, [])
+            self._check_length(prompt, len(group.prompt_ids))
+            for made in completions:
+                # Engines leave special tokens out of the text; tags that are such tokens must stay.
+                text = self.encoder.decode_answer(made.token_ids.tolist()) if self.encoder.special_tags else made.text
+                place = len(group.samples)
+                group.samples.append(Sample(place, made.token_ids, made.logprobs, text, made.truncated, self.version))
+            groups.append(group)
+        return groups
+
+    def _asked(self, prompt: Prompt, request: RolloutRequest, max_tokens: int, top_p: float) -> EngineRequest:
+        ids = self.encoder.text_ids(prompt)
+        self._check_length(prompt, len(ids))  # placeholders not expanded yet; _groups checks the whole
+        return EngineRequest(
+            prompt_ids=ids,
+            pictures=prompt.images,
+            n=request.samples_per_prompt,
+            temperature=0.0 if request.greedy else self.cfg.rollout.temperature,
+            top_p=1.0 if request.greedy else top_p,
+            max_tokens=max_tokens,
+            seed=None if request.greedy else sample_seed(request.seed, request.step, prompt),
+            stop_ids=self._stop_ids,
+            forbidden_ids=self._forbidden_ids,
+        )
+
+    def _answers(self, prompts: list[Prompt], asked: list[EngineRequest]) -> list[list[Completion]]:
+        try:
+            return self.engine.generate(asked) if asked else []
+        except BAD_VALUE:  # names no prompt: ask one by one
+            for prompt, request in zip(prompts, asked, strict=True):
+                try:
+                    self._check_length(prompt, len(self.encoder.encode(prompt)[0]))
+                    self.engine.generate([replace(request, n=1, max_tokens=1)])
+                except BAD_VALUE as error:
+                    sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in prompt.images]
+                    raise DataError(
+                        f"prompt {prompt.id!r} with {len(request.prompt_ids)} tokens and pictures of {sizes} pixels "
+                        f"can't be sampled: {type(error).__name__}: {error}"
+                    ) from error
+            raise
+
+    def _check_length(self, prompt: Prompt, length: int) -> None:
+        limit = self.cfg.rollout.max_prompt_tokens
+        if length > limit:
+            raise DataError(f"prompt {prompt.id!r} has {length} tokens; rollout.max_prompt_tokens allows {limit}")
+
+    # ------------------------------------------------------------ weights
+
+    def load_weights(self, snapshot: WeightSnapshot) -> float:
+        """Replace all weights by the snapshot's; returns its size in megabytes. Whatever was asked before has been
+        answered with the old ones: calls run one after the other, so an answer has one version.
+
+        Raises:
+            SyncError: if the snapshot does not cover the policy.
+        """
+        self.engine.load(snapshot)
+        self.version = snapshot.version
+        return snapshot.buffer.nbytes / 1e6
+
+    def transfer(self, method: str, kwargs: dict[str, Any]) -> None:
+        """One call of a transfer that vLLM drives itself (nccl, ipc)."""
+        self._failure = None
+        try:
+            self.engine.transfer(method, kwargs)
+        except Exception as error:
+            self._failure = f"{method}: {type(error).__name__}: {error}"
+            raise
+
+    def transfer_failure(self) -> str | None:
+        """What ended the last transfer here, if anything did."""
+        return self._failure
+
+    def finish_transfer(self, version: int) -> None:
+        """The weights that came are those of ``version``."""
+        self.version = version
+
+
+def sample_seed(run_seed: int, step: int, prompt: Prompt) -> int:
+    """Seed of a prompt's group at a step, 0 … 2^62; sample ``i`` of the group uses this plus ``i``.
+
+    A hash, so that neither the number of workers nor the order of the prompts changes what is sampled.
+    """
+    name = f"{prompt.id}#{prompt.variant}" if prompt.variant else prompt.id
+    digest = hashlib.blake2b(f"{run_seed}/{step}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def best_answer(samples: list[Sample]) -> int | None:
+    """Place of the answer with the highest r_θ that ended by itself, may be trained on and can be cut in two; without a
+    reward model, of the highest rule score. Among equals the first. ``None`` if there is no such answer."""
+    usable = [
+        (place, sample.reward)
+        for place, sample in enumerate(samples)
+        if sample.error is None and sample.reward is not None and not sample.truncated
+        if len(sample.token_ids) > 1 and sample.mask.any()
+    ]
+    if not usable:
+        return None
+    by_rule = any(reward.model is None for _, reward in usable)
+    scores = [reward.rule if by_rule or reward.model is None else reward.model for _, reward in usable]
+    return usable[int(np.argmax(scores))][0]
+
+
+def _blind(prompt: Prompt) -> Prompt:
+    return replace(prompt, variant="blind", images=())

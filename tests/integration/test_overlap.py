@@ -1,0 +1,62 @@
+"""Sampling runs beside the learner with a lag of one, and every lap of a step holds what its name says.
+
+Ray with an engine and a learner that take a known time; neither vLLM nor DeepSpeed starts.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from plain_backend import PlainBackend
+from plain_engine import PlainEngine
+
+from skyrl.crew.ray_executor import ray_session
+from skyrl.data.stream import PromptStream
+from skyrl.loop import Loop
+from skyrl.system import start_system
+
+pytestmark = pytest.mark.integration
+SAMPLING, LEARNING = 2.0, 1.0
+
+
+class SlowEngine(PlainEngine):
+    def generate(self, requests: Any) -> Any:
+        if requests and requests[0].n > 1:  # a rollout, not a probe or an evaluation
+            time.sleep(SAMPLING)
+        return super().generate(requests)
+
+
+class SlowBackend(PlainBackend):
+    def update(self, lr: float) -> float:
+        time.sleep(LEARNING)
+        return super().update(lr)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_lag_hides_the_learner_behind_the_engine_and_the_sync_holds_no_sampling(
+    lag: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    policy = tiny_runs.policy_folder(tmp_path_factory.getbasetemp())
+    cfg = tiny_runs.config(tmp_path, steps=4, lag=lag)
+    cfg.rollout.engine, cfg.learner.backend = "test_overlap:SlowEngine", "test_overlap:SlowBackend"
+    cfg.data.eval_size, cfg.hallucination.probe_prompts, cfg.checkpoint.every = 2, 0, 0
+    cfg.cluster.dashboard = False
+    sink = tiny_runs.Sink()
+    with ray_session(cfg, f"test-overlap-{lag}"), start_system(cfg, policy, None) as system:
+        Loop(cfg, system, PromptStream(system.sizes()["train"], 0), sink, tmp_path).run()
+    for step in (2, 3):  # the first waits for its own rollout, the last asks for none
+        metrics = sink.steps[step]
+        laps = [value for name, value in metrics.items() if name.startswith("time/") and name != "time/step"]
+        assert sum(laps) == pytest.approx(metrics["time/step"], abs=1e-6)
+        # No claim about speed: the sleeps are the least that must stand where they belong.
+        assert metrics["time/learner"] >= LEARNING
+        if lag:
+            assert metrics["overlap/rollout"] >= LEARNING * 0.9
+            assert metrics["time/sync"] < SAMPLING - LEARNING  # it would hold the rest of the sampling
+            assert metrics["time/rollout"] < SAMPLING
+        else:
+            assert metrics["time/rollout"] >= SAMPLING and "overlap/rollout" not in metrics
