@@ -1,4 +1,4 @@
-# What a person types: `make train`, `make test`. Everything else is one step of these two.
+# What a person types: `make train`, `make test`, and `make check` while working. Everything else is one step of these.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -14,7 +14,7 @@ LOG := $(VENV)/install.log
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := src tests benchmarks docs
 
-.PHONY: help setup train test lint format bench clean
+.PHONY: help setup train test check lint format bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ train: $(STAMP) ## train the default model (builds the embedded models first); A
 test: lint ## lint, types, import rules and all tests
 	@echo "pytest"
 	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint ## lint, types, import rules and the tests that start neither Ray nor vLLM nor DeepSpeed
+	@echo "pytest tests/unit"
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the import rules
 	@echo "ruff check"; $(BIN)/ruff check --quiet $(SOURCES)

@@ -133,7 +133,7 @@ class _Sink:
 
 def bare_generate(work: Path) -> list[float]:
     """Seconds of ``LLM.generate`` alone for each recorded request."""
-    from skyrl.rollout.environment import rollout_environment
+    from skyrl.rollout.engine import rollout_environment
 
     cfg = config()
     os.environ.update(rollout_environment(cfg.rollout, os.cpu_count() or 1))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +161,14 @@ class Cases:
                 learner.save(folder)
             out["metrics"].append(learner.train_step(make_batch(learner.encoder, step, **batch)))
             out["weights"].append(self.weights(learner))
-        out["delta"] = learner.delta.state_dict()
+        out["delta"] = asdict(learner.delta)
         out["has_reference"] = learner.reference is not None
         if resume:
             again = self.make(cfg)
             again.load(folder)
             out["resumed_metrics"] = again.train_step(make_batch(again.encoder, count, **batch))
             out["resumed_weights"] = self.weights(again)
-            out["resumed_delta"] = again.delta.state_dict()
+            out["resumed_delta"] = asdict(again.delta)
             saved, cfg.learner.weight_decay = cfg.learner.weight_decay, 0.7
             again.load(folder)
             out["resumed_decay"] = {group["weight_decay"] for group in again.backend.engine.optimizer.param_groups}

@@ -27,7 +27,7 @@ def policy_folder(root: Path) -> str:
     from tiny_models import encoder, random_model
 
     from skyrl.digits.scenes import DigitScenes
-    from skyrl.digits.warm_start import warm_start
+    from skyrl.digits.training import warm_start
 
     folder, made = root / "policy", encoder()
     torch.set_num_threads(1)

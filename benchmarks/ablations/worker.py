@@ -32,7 +32,7 @@ EVALUATION_METRICS = ("eval/",)
 def prepare_environment() -> None:
     """One thread for everything: two workers fill two cores better than one worker with two threads."""
     from skyrl.crew.ray_executor import COMMON_ENVIRONMENT
-    from skyrl.rollout.environment import rollout_environment
+    from skyrl.rollout.engine import rollout_environment
     from skyrl.settings import RolloutConfig
 
     environment = COMMON_ENVIRONMENT | rollout_environment(RolloutConfig(), 1) | {"DS_ACCELERATOR": "cpu"}

@@ -14,6 +14,7 @@ from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, read_sta
 from skyrl.crew.crew import Executor
 from skyrl.crew.ray_executor import ray_session
 from skyrl.data.stream import PromptStream
+from skyrl.learner import files
 from skyrl.loop import Loop
 from skyrl.monitoring.metrics import metric_table
 from skyrl.monitoring.records import jsonable, read_json, read_metrics, write_json
@@ -25,7 +26,7 @@ from skyrl.run_folder import held, new_folder
 from skyrl.settings import Config, WandbMode
 from skyrl.system import start_system
 
-BUILT = {"digits": "skyrl.digits.source:models"}
+BUILT = {"digits": "skyrl.digits.embedded:embedded_models"}
 """``model.policy`` and ``model.reward`` by name → the function that builds both."""
 
 
@@ -48,8 +49,10 @@ def run(cfg: Config, executor: Executor | None = None) -> dict[str, Any]:
         if cfg.resume == "auto":
             console.print("resume=auto: no complete checkpoint yet, a fresh run starts")
         run_dir = new_folder(Path(cfg.run_dir).resolve())
-    else:  # a resumed run goes on in its old folder
+    else:  # a resumed run goes on in its old folder, if it can: seen before anything starts
         run_dir = checkpoint.parents[1]
+        read_state(checkpoint)
+        files.read_state(checkpoint / "learner", cfg)
     cfg = cfg.model_copy(update={"run_dir": str(run_dir)})
     with held(run_dir):
         if checkpoint is None:

@@ -14,7 +14,7 @@ from skyrl.crew.placement import BUFFER_CPUS, Placement, check_resources
 from skyrl.learner.step import LearnerStep
 from skyrl.records import ConfigError
 from skyrl.rewards.rewarder import Rewarder
-from skyrl.rollout.environment import rollout_environment
+from skyrl.rollout.engine import rollout_environment
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config
 from skyrl.sync.syncer import Syncer

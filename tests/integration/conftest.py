@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from skyrl.digits.settings import DigitsConfig
 from skyrl.settings import Config, WandbMode
 
+TESTS = Path(__file__).parents[1]
 TINY = {"warm_start_steps": 90, "reward_body_steps": 10, "reward_steps": 4}
 """Settings of the small models; with them and the fixture's cache, other processes find the same ones."""
 
@@ -18,12 +20,12 @@ TINY = {"warm_start_steps": 90, "reward_body_steps": 10, "reward_steps": 4}
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder of embedded models that were trained for seconds only, on batches of 16 instead of 64: they keep
     the form in most answers, and are right in some."""
-    from skyrl.digits import embedded, warm_start
+    from skyrl.digits import embedded, training
 
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(warm_start, "BATCH", 16)
-        embedded.embedded_models(DigitsConfig(cache_dir=str(folder), **TINY))
+        small.setattr(training, "BATCH", 16)
+        embedded.embedded_models(Config(digits=DigitsConfig(cache_dir=str(folder), **TINY)))
     return folder
 
 
@@ -44,3 +46,10 @@ def make_config(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return cfg
 
     return make
+
+
+@pytest.fixture
+def member_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray members and commands started in the test find the engines and backends that it names by path."""
+    for path in (TESTS.parent, TESTS, Path(__file__).parent):
+        monkeypatch.setenv("PYTHONPATH", str(path), prepend=os.pathsep)

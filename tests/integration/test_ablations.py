@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.ablations.grid import VARIANTS
+from benchmarks.ablations.grid import VARIANTS, Job
 
 pytestmark = pytest.mark.integration
 
@@ -26,23 +27,32 @@ def grid(out: Path, cache: Path) -> str:
     return done.stdout
 
 
-def test_quick_grid_runs_reports_and_resumes(tmp_path: Path, model_cache: Path) -> None:
+def finished(job: Job) -> dict[str, Any]:
+    """A row as a grid before this one left it."""
+    point = {"eval/accuracy": 0.25, "eval/hallucination": 0.5}
+    return {
+        **{"key": job.key, "method": job.method, "seed": job.seed, "overrides": job.overrides(), "commit": "before"},
+        **{"seconds": 1.0, "evaluations": [{"step": step, **point} for step in (0, 1, 2)]},
+        "steps": [{"step": step} for step in (1, 2)],
+    }
+
+
+def test_quick_grid_goes_on_where_it_stopped_and_reports(tmp_path: Path, model_cache: Path) -> None:
+    store, before = tmp_path / "ablations.jsonl", json.dumps(finished(Job("default", 0, quick=True)))
+    store.write_text(before + "\n")
     printed = grid(tmp_path, model_cache)
-    assert "5 runs to do" in printed and "[5/5" in printed
-    store = tmp_path / "ablations.jsonl"
-    rows = [json.loads(line) for line in store.read_text().splitlines()]
-    assert {row["method"] for row in rows} == {"default", "mpo", *VARIANTS}
+    assert "4 runs to do" in printed and "[4/4" in printed
+    lines = store.read_text().splitlines()
+    assert lines[0] == before
+    rows = [json.loads(line) for line in lines[1:]]
+    assert sorted(row["method"] for row in rows) == sorted(["mpo", *VARIANTS])
     for row in rows:
         assert [point["step"] for point in row["evaluations"]] == [0, 1, 2]
         assert [point["step"] for point in row["steps"]] == [1, 2]
         assert all(0 <= point["eval/accuracy"] <= 1 for point in row["evaluations"])
-    # Both start from the same policy on the same held-out scenes, in whatever process they ran.
+    # All start from the same policy on the same held-out scenes, in whatever process they ran.
     starts = [{k: v for k, v in row["evaluations"][0].items() if "seconds" not in k} for row in rows]
     assert all(start == starts[0] for start in starts)
     document = (tmp_path / "ablations.md").read_text()
-    assert "## The claims" in document and "| default |" in document
+    assert "## The claims" in document and "| default | 25.0" in document
     assert (tmp_path / "table_3.png").stat().st_size > 10_000
-
-    store.write_text("\n".join(store.read_text().splitlines()[:4]) + "\n")
-    assert "1 runs to do" in grid(tmp_path, model_cache)
-    assert len(store.read_text().splitlines()) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -37,6 +38,13 @@ class Worker:
 
     def die(self) -> None:
         os._exit(7)
+
+    def die_once(self, note: Path) -> int:
+        """End the process, unless one before has done so and left a note."""
+        if not note.exists():
+            note.touch()
+            os._exit(7)
+        return self.seen
 
     def sleep(self, seconds: float) -> float:
         time.sleep(seconds)
@@ -96,11 +104,20 @@ def test_a_death_names_the_member_and_the_call_and_the_member_can_be_built_anew(
         each.stop()
 
 
+def test_a_member_that_may_be_restarted_answers_the_call_that_it_died_in(tmp_path: Path) -> None:
+    made = Crew(EXECUTOR, [MemberSpec("stateless-0", Worker, ("stateless-0",), cpus=0.1, restarts=1)], 60.0)
+    made.one(Worker.make, 2)
+    assert made.one(Worker.die_once, tmp_path / "note") == 0  # by a new process, which has made nothing yet
+    with pytest.raises(SkyrlError, match=r"^stateless-0 died in Worker\.die: "):
+        made.one(Worker.die)  # once only
+    made.stop()
+
+
 def test_a_call_that_does_not_end_names_itself() -> None:
     made = crew(["slow-0"], timeout=1.0)
     made.one(Worker.count)
     with pytest.raises(SkyrlError, match=r"^slow-0 Worker\.sleep took longer than controller\.timeout=1 s$"):
         made.one(Worker.sleep, 30.0)
-    with pytest.raises(SkyrlError, match=r"^slow-0 Worker\.sleep took longer than"):
+    with pytest.raises(SkyrlError, match=r"^slow-0 Worker\.sleep took longer than controller\.timeout=1 s$"):
         made.wait(made.ask(Worker.sleep, 30.0))
     made.stop()

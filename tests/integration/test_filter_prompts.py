@@ -1,4 +1,5 @@
-"""The offline pass with the real engine and reward workers, and its pool as training reads it."""
+"""The offline pass with real members over Ray, and its pool as training reads it. The engine is the plain one: the pass
+knows the sampler only, and how it samples with vLLM is what other tests are for."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ from skyrl.settings import Config
 pytestmark = pytest.mark.integration
 
 
-def test_the_pass_writes_a_pool_that_training_can_read(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_the_pass_writes_a_pool_that_training_can_read(
+    make_config: Callable[..., Config], tmp_path: Path, member_path: None
+) -> None:
     cfg = make_config("filter")
+    cfg.rollout.engine = "plain_engine:PlainEngine"
     cfg.filter.rows, cfg.filter.output = 14, str(tmp_path / "made" / "pool.parquet")
     console = Console(file=io.StringIO(), width=200)
     path = filter_prompts(cfg, console)

@@ -24,8 +24,7 @@ from skyrl.learner.backend import Backend
 from skyrl.learner.step import LearnerStep
 from skyrl.monitoring.metrics import check_names
 from skyrl.policy.encode import PromptEncoder
-from skyrl.policy.freezing import module_of
-from skyrl.policy.module import load_policy
+from skyrl.policy.module import load_policy, module_of
 from skyrl.policy.packing import plan_micro_batches
 from skyrl.settings import Config
 

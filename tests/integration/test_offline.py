@@ -1,4 +1,5 @@
-"""Offline MPO from a file of pairs, on the real stack: nothing is sampled for training, the policy learns the pairs."""
+"""Offline MPO from a file of pairs, over Ray and DeepSpeed: nothing is sampled for training, only the pairs are learnt.
+The engine, which probes and evaluates here, is the plain one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from skyrl.settings import Config, Stage
 pytestmark = pytest.mark.integration
 
 
-def test_pairs_from_a_file_train_the_policy(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_pairs_from_a_file_train_the_policy(
+    make_config: Callable[..., Config], tmp_path: Path, member_path: None
+) -> None:
     scenes = DigitScenes("train", 200, 0.2, seed=3)
     pairs = []
     for row in range(len(scenes)):
@@ -28,6 +31,7 @@ def test_pairs_from_a_file_train_the_policy(make_config: Callable[..., Config], 
     cfg = make_config("offline", tmp_path / "run")
     cfg.algorithm.stage, cfg.algorithm.mpo.weight = Stage.mpo, 1.0
     cfg.data.pairs_path, cfg.data.pairs_per_step = str(tmp_path / "pairs.parquet"), 12
+    cfg.rollout.engine = "plain_engine:PlainEngine"
     cfg.controller.steps, cfg.learner.warmup_steps, cfg.learner.lr = 6, 0, 2e-4
     run(cfg)
 

@@ -6,6 +6,7 @@ Ray with an engine and a learner that take a known time; neither vLLM nor DeepSp
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from plain_engine import PlainEngine
 from skyrl.crew.ray_executor import ray_session
 from skyrl.data.stream import PromptStream
 from skyrl.loop import Loop
+from skyrl.run import model_folders
+from skyrl.settings import Config
 from skyrl.system import start_system
 
 pytestmark = pytest.mark.integration
@@ -36,27 +39,30 @@ class SlowBackend(PlainBackend):
         return super().update(lr)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
 def test_a_lag_hides_the_learner_behind_the_engine_and_the_sync_holds_no_sampling(
-    lag: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    tmp_path: Path, make_config: Callable[..., Config], member_path: None
 ) -> None:
-    policy = tiny_runs.policy_folder(tmp_path_factory.getbasetemp())
-    cfg = tiny_runs.config(tmp_path, steps=4, lag=lag)
+    policy = model_folders(make_config("policy"))[0]
+    cfg = tiny_runs.config(tmp_path, steps=4, lag=1)
     cfg.rollout.engine, cfg.learner.backend = "test_overlap:SlowEngine", "test_overlap:SlowBackend"
     cfg.data.eval_size, cfg.hallucination.probe_prompts, cfg.checkpoint.every = 2, 0, 0
     cfg.cluster.dashboard = False
-    sink = tiny_runs.Sink()
-    with ray_session(cfg, f"test-overlap-{lag}"), start_system(cfg, policy, None) as system:
-        Loop(cfg, system, PromptStream(system.sizes()["train"], 0), sink, tmp_path).run()
+    sinks = {}
+    with ray_session(cfg, "test-overlap"), start_system(cfg, policy, None) as system:
+        for lag in (0, 1):  # the members of a run with a lag of one also take a batch without
+            sinks[lag] = tiny_runs.Sink()
+            own = cfg.model_copy(update={"controller": cfg.controller.model_copy(update={"lag": lag})})
+            Loop(own, system, PromptStream(system.sizes()["train"], lag), sinks[lag], tmp_path).run()
     for step in (2, 3):  # the first waits for its own rollout, the last asks for none
-        metrics = sink.steps[step]
-        laps = [value for name, value in metrics.items() if name.startswith("time/") and name != "time/step"]
-        assert sum(laps) == pytest.approx(metrics["time/step"], abs=1e-6)
-        # No claim about speed: the sleeps are the least that must stand where they belong.
-        assert metrics["time/learner"] >= LEARNING
-        if lag:
-            assert metrics["overlap/rollout"] >= LEARNING * 0.9
-            assert metrics["time/sync"] < SAMPLING - LEARNING  # it would hold the rest of the sampling
-            assert metrics["time/rollout"] < SAMPLING
-        else:
-            assert metrics["time/rollout"] >= SAMPLING and "overlap/rollout" not in metrics
+        for lag, sink in sinks.items():
+            metrics = sink.steps[step]
+            laps = [value for name, value in metrics.items() if name.startswith("time/") and name != "time/step"]
+            assert sum(laps) == pytest.approx(metrics["time/step"], abs=1e-6)
+            # No claim about speed: the sleeps are the least that must stand where they belong.
+            assert metrics["time/learner"] >= LEARNING
+            if lag:
+                assert metrics["overlap/rollout"] >= LEARNING * 0.9
+                assert metrics["time/sync"] < SAMPLING - LEARNING  # it would hold the rest of the sampling
+                assert metrics["time/rollout"] < SAMPLING
+            else:
+                assert metrics["time/rollout"] >= SAMPLING and "overlap/rollout" not in metrics

@@ -15,8 +15,7 @@ import torch
 
 from skyrl.policy.module import PolicyModule
 from skyrl.records import DataError, RolloutRequest, Sample, SampleGroup
-from skyrl.rollout.engine import EngineRequest
-from skyrl.rollout.environment import rollout_environment
+from skyrl.rollout.engine import EngineRequest, rollout_environment
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config
 from skyrl.sync.snapshot import layout_of, take_snapshot

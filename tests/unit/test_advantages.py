@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from skyrl.rewards.advantages import float32_noise, group_advantages, tied
+from skyrl.rewards.hybrid import float32_noise, group_advantages, tied
 from skyrl.settings import Std
 
 ONE_RIGHT = np.array([1, 0, 0, 0, 0, 0, 0, 0])

@@ -217,9 +217,21 @@ def test_an_empty_batch_is_allowed():
     assert "buffer/effective_share" not in metrics
 
 
-def test_broken_input_is_named():
-    with pytest.raises(DataError, match=r"prompt p: .*samples \[1\] are \[nan\]"):
-        exchange(service(mpo_weight=1.0), [make_group("p", [1.0, -1.0], scores=[1.0, np.nan])], 0, 0)
+@pytest.mark.parametrize("source", [PairSource.reward_margin, PairSource.rule])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_broken_scores_are_named(source, broken):
+    one = algorithm_service(mpo=MpoConfig(pairs=source, threshold=OFF))
+    group = make_group("p", [1.0, -1.0, 0.5], scores=[1.0, 0.0, broken], rules=[1.0, 0.0, 0.0])
+    with pytest.raises(
+        DataError, match=rf"prompt p: no preference pairs: .*samples \[2\] are \[{broken}\]; allowed: finite"
+    ):
+        exchange(one, [group], 0, 0)
+    failed = make_group("p", [1.0, -1.0, 0.5], scores=[1.0, 0.0, broken], rules=[1.0, 0.0, 0.0], errors=(2,))
+    failed.samples[2].reward = RewardParts(0.0, 1.0, broken, 1.0)  # what takes no part may be anything
+    assert exchange(one, [failed], 0, 0)[0].pairs == [PreferencePair(0, 1, 1.0)]
+
+
+def test_an_answer_without_tokens_is_named():
     with pytest.raises(DataError, match="prompt p, sample 1: 0 answer tokens"):
         exchange(service(), [make_group("p", [1.0, -1.0], tokens=[1, 0])], 0, 0)
 
@@ -388,15 +400,19 @@ def test_offline_pairs_are_part_of_the_state(tmp_path):
         def load_state_dict(self, state):
             self.at = state
 
+    class Pairs:
+        def __init__(self, at):
+            self.stream = Position(at)
+
     one, two = service(), service()
     one.save(tmp_path / "without", {})
-    one.pairs = Position({"at": 7})
+    one.pairs = Pairs({"at": 7})
     one.save(tmp_path / "with", {})
     with pytest.raises(DataError, match=r"run with data\.pairs_path, this run is one without it"):
         two.load(tmp_path / "with")
-    two.pairs = Position(None)
+    two.pairs = Pairs(None)
     two.load(tmp_path / "with")
-    assert two.pairs.at == {"at": 7}
+    assert two.pairs.stream.at == {"at": 7}
     with pytest.raises(DataError, match=r"run without data\.pairs_path, this run is one with it"):
         two.load(tmp_path / "without")
     with pytest.raises(SkyrlError, match=r"data\.pairs_path.*got null"):

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import skyrl
-from skyrl.digits import embedded, reward_training, scenes, warm_start
+from skyrl.digits import embedded, scenes, training
 from skyrl.digits.embedded import CODE, DONE, cache_folder, embedded_models, recipe
 from skyrl.digits.scenes import held_out_sum
 from skyrl.digits.settings import DigitsConfig
 from skyrl.policy.encode import PromptEncoder
 from skyrl.records import Prompt
+from skyrl.settings import Config
 
 ROOT = Path(skyrl.__file__).parent
 SOURCE = '''"""What it does."""
@@ -129,18 +130,17 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, set[str]
             if code is PromptEncoder.encode.__code__:
                 prompts.append(frame.f_locals["prompt"])
 
-    for cached in (scenes._digits, scenes.digit_pool):
-        cached.cache_clear()
+    scenes.digit_pool.cache_clear()
     for file in CODE:  # classes of a module that is imported meanwhile would look like functions
         import_module("skyrl." + file.removesuffix(".py").replace("/", "."))
     cfg = DigitsConfig(warm_start_steps=2, reward_body_steps=1, reward_steps=1)
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(warm_start, "BATCH", 16)
-        small.setattr(reward_training, "PAIRS_PER_STEP", 4)
+        small.setattr(training, "BATCH", 16)
+        small.setattr(training, "PAIRS_PER_STEP", 4)
         threads = torch.get_num_threads()
         sys.setprofile(look)
         try:
-            embedded._build(cfg, tmp_path_factory.mktemp("build"), [lambda *_: None] * 3)
+            embedded._build(cfg, tmp_path_factory.mktemp("build"), lambda *_: None)
         finally:
             sys.setprofile(None)
             torch.set_num_threads(threads)
@@ -206,15 +206,15 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> Builds:
     return made
 
 
-def config(tmp_path: Path, **settings: Any) -> DigitsConfig:
-    return DigitsConfig(cache_dir=str(tmp_path), **settings)
+def config(tmp_path: Path, **settings: Any) -> Config:
+    return Config(digits=DigitsConfig(cache_dir=str(tmp_path), **settings))
 
 
 def test_the_second_call_finds_what_the_first_one_built(tmp_path: Path, builds: Builds) -> None:
     policy, reward = embedded_models(config(tmp_path))
     assert (policy.name, reward.name) == ("policy", "reward")
     assert policy.parent == reward.parent
-    assert json.loads((policy.parent / DONE).read_text()) == recipe(config(tmp_path))
+    assert json.loads((policy.parent / DONE).read_text()) == recipe(config(tmp_path).digits)
     assert embedded_models(config(tmp_path)) == (policy, reward)
     assert builds.count == 1
     assert (policy / "weights").read_text() == "0 of build 1"
@@ -224,7 +224,7 @@ def test_the_second_call_finds_what_the_first_one_built(tmp_path: Path, builds: 
 @pytest.mark.parametrize("name", ["warm_start_steps", "reward_body_steps", "reward_steps", "model_seed"])
 def test_another_setting_makes_other_models(tmp_path: Path, builds: Builds, name: str) -> None:
     cfg = config(tmp_path)
-    changed = cfg.model_copy(update={name: getattr(cfg, name) + 1})
+    changed = config(tmp_path, **{name: getattr(cfg.digits, name) + 1})
     assert embedded_models(cfg)[0] != embedded_models(changed)[0]
     assert builds.count == 2
 
@@ -285,7 +285,7 @@ def test_when_two_processes_build_at_once_the_first_to_finish_wins(
     def overtaken(cfg: DigitsConfig, folder: Path, show: Any) -> None:
         builds(cfg, folder, show)
         monkeypatch.setattr(embedded, "_build", builds)
-        embedded_models(cfg)  # another process begins and ends meanwhile
+        embedded_models(Config(digits=cfg))  # another process begins and ends meanwhile
 
     monkeypatch.setattr(embedded, "_build", overtaken)
     policy, _ = embedded_models(config(tmp_path))

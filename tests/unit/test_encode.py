@@ -12,15 +12,9 @@ import torch
 from PIL import Image
 from tiny_models import SHADES, answer_ids, encoder, noise, picture, processor, prompt, random_model
 
-from skyrl.digits.architecture import (
-    CHAT_TEMPLATE,
-    IMAGE_TOKENS,
-    SPECIAL,
-    TAGS,
-    build_tokenizer,
-)
+from skyrl.digits.architecture import CHAT_TEMPLATE, IMAGE_TOKENS, SPECIAL, build_tokenizer
 from skyrl.policy import encode
-from skyrl.policy.encode import EncodedBatch, PromptEncoder
+from skyrl.policy.encode import TAGS, EncodedBatch, PromptEncoder
 from skyrl.records import ConfigError, DataError, Prompt
 
 ANSWER = "<think>I see 31/41. 3+1=4.</think><answer>9</answer>"

@@ -10,7 +10,7 @@ import transformers
 from learner_cases import tiny_model
 from torch import nn
 
-from skyrl.policy.freezing import freeze, module_of
+from skyrl.policy.module import freeze, module_of
 from skyrl.records import ConfigError
 from skyrl.settings import Trainable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skyrl.rollout.environment import rollout_environment
+from skyrl.rollout.engine import rollout_environment
 from skyrl.settings import Config, WeightSync
 
 

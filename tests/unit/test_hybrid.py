@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrl.records import ConfigError, DataError
-from skyrl.rewards.advantages import group_advantages
-from skyrl.rewards.hybrid import hybrid_reward, length_penalty, squash
+from skyrl.rewards.hybrid import group_advantages, hybrid_reward, length_penalty, squash
 from skyrl.settings import RewardConfig, Squash, Std
 
 SCORES = np.array([-2.0, 0.0, 4.0], dtype=np.float32)

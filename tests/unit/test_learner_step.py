@@ -19,7 +19,7 @@ from learner_runs import distance, gradient_error
 from skyrl.learner.files import FILE
 from skyrl.learner.step import LearnerStep
 from skyrl.monitoring.metrics import check_names
-from skyrl.policy.freezing import module_of
+from skyrl.policy.module import module_of
 from skyrl.records import ConfigError, SkyrlError, TrainBatch
 from skyrl.settings import Trainable
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from skyrl.evaluation import monitors
-from skyrl.evaluation.monitors import blind_metrics, build_monitors, claims, gate_monitor, phrase_monitor
+from skyrl.evaluation.monitors import blind_metrics, build_monitors, claims, denials, gated
 from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
 from skyrl.rewards import claims as hallucination
 from skyrl.settings import Config, HallucinationConfig, ThresholdKind
@@ -81,17 +81,17 @@ def test_gate() -> None:
         group("e/6", sample(rule=None, claimed=(4, 4))),
         group("e/7", sample(claimed=(4, 4))),
     ]
-    assert gate_monitor(0.0)(groups) == pytest.approx(
+    assert gated(groups, 0.0) == pytest.approx(
         {
             "eval/gate_rejected": 3 / 6,
             "eval/gate_hallucination_rejected": 1 / 2,
             "eval/gate_hallucination_accepted": 1 / 3,
         }
     )
-    everything = gate_monitor(-math.inf)(groups)
+    everything = gated(groups, -math.inf)
     assert everything == pytest.approx({"eval/gate_rejected": 0.0, "eval/gate_hallucination_accepted": 2 / 5})
-    assert gate_monitor(0.0)(groups[4:5]) == {"eval/gate_rejected": 1.0}
-    assert gate_monitor(0.0)(groups[5:]) == {}
+    assert gated(groups[4:5], 0.0) == {"eval/gate_rejected": 1.0}
+    assert gated(groups[5:], 0.0) == {}
 
 
 @pytest.mark.parametrize(
@@ -107,15 +107,15 @@ def test_gate() -> None:
     ],
 )
 def test_default_phrases(text: str, denies: bool) -> None:
-    monitor = phrase_monitor(HallucinationConfig().phrases)
-    assert monitor([group("e/0", sample(text))]) == {"eval/denial": float(denies)}
+    found = denials([group("e/0", sample(text))], HallucinationConfig().phrases)
+    assert found == {"eval/denial": float(denies)}
 
 
 def test_phrases_are_counted_once_an_answer_and_only_with_pictures() -> None:
-    monitor = phrase_monitor(["blind", "dark"])
+    phrases = ["blind", "dark"]
     groups = [group("e/0", sample("Blind, it is dark."), sample("light")), group("e/1", sample("blind"), picture=False)]
-    assert monitor(groups) == {"eval/denial": 0.5}
-    assert monitor(groups[1:]) == phrase_monitor([])(groups) == {}
+    assert denials(groups, phrases) == {"eval/denial": 0.5}
+    assert denials(groups[1:], phrases) == denials(groups, []) == {}
 
 
 def answered(answer: str | None, rule: float | None) -> Sample:

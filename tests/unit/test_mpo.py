@@ -219,8 +219,7 @@ def test_delta_is_the_cumulative_mean_and_survives_a_checkpoint():
     delta = RunningDelta(DeltaKind.cumulative, 0.9)
     assert delta.update(0.2) == pytest.approx(0.2)
     assert delta.update(0.4) == pytest.approx(0.3)
-    resumed = RunningDelta(DeltaKind.cumulative, 0.9)
-    resumed.load_state_dict(delta.state_dict())
+    resumed = RunningDelta(DeltaKind.cumulative, 0.9, delta.value, delta.updates)
     assert resumed.update(-0.3) == delta.update(-0.3) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="nan"):
         delta.update(math.nan)
@@ -230,7 +229,6 @@ def test_exponential_delta():
     """Means 0.2, 0.4, −0.3 with decay 0.75: 0.2; 0.75 · 0.2 + 0.25 · 0.4 = 0.25; 0.75 · 0.25 − 0.25 · 0.3 = 0.1125."""
     delta = RunningDelta(DeltaKind.exponential, 0.75)
     assert [delta.update(mean) for mean in (0.2, 0.4)] == pytest.approx([0.2, 0.25])
-    resumed = RunningDelta(DeltaKind.exponential, 0.75)
-    resumed.load_state_dict(delta.state_dict())
+    resumed = RunningDelta(DeltaKind.exponential, 0.75, delta.value, delta.updates)
     assert resumed.update(-0.3) == delta.update(-0.3) == pytest.approx(0.1125)
     assert [RunningDelta(DeltaKind.exponential, 0.0).update(mean) for mean in (5.0, -3.0)] == [5.0, -3.0]

@@ -146,7 +146,7 @@ def test_answers_end_as_the_chat_template_ends_them(tmp_path: Path) -> None:
     folder = stopping(tmp_path / "policy", template, ["<end_of_utterance>", "<fake_token_around_image>"])
     write_pairs(tmp_path / "p.parquet", pairs(2))
     data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=2)
-    offline = OfflinePairs(data, folder, None)
+    offline = OfflinePairs(data, folder, RolloutConfig())
     end, eos, fake = processor().tokenizer.convert_tokens_to_ids(
         ["<global-img>", "<end_of_utterance>", "<fake_token_around_image>"]
     )
@@ -164,7 +164,9 @@ def test_answers_with_tags_that_the_template_writes_or_that_end_them(tmp_path: P
     template = CHAT_TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
     folder = stopping(tmp_path / "policy", template, ["<end_of_utterance>", "</answer>"])
     write_pairs(tmp_path / "p.parquet", [TextPair(Prompt("a", QUESTION, (), "", "exact"), GOOD, "no tags")])
-    offline = OfflinePairs(DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=1), folder, None)
+    offline = OfflinePairs(
+        DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=1), folder, RolloutConfig()
+    )
     chosen, rejected = (item.sample.token_ids.tolist() for item in offline.batch(1, 0, {}).items)
     assert chosen == answer_ids(GOOD.removeprefix("<think>"), end=False).tolist()
     assert rejected == answer_ids("no tags").tolist()
@@ -178,7 +180,7 @@ def test_variables_of_the_chat_template(tmp_path: Path) -> None:
     folder = stopping(tmp_path / "policy", template, ["<end_of_utterance>"])
     write_pairs(tmp_path / "p.parquet", pairs(1))
     data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=1)
-    ids = OfflinePairs(data, folder, None, {"mood": "7"}).batch(1, 0, {}).items[0].prompt_ids
+    ids = OfflinePairs(data, folder, RolloutConfig(), {"mood": "7"}).batch(1, 0, {}).items[0].prompt_ids
     assert ids.tolist() == [*encoder().encode(pairs(1)[0].prompt)[0], processor().tokenizer.convert_tokens_to_ids("7")]
 
 
@@ -225,11 +227,11 @@ def test_the_pairs_go_on_where_their_state_was_saved(tmp_path: Path, policy_fold
     everything = margins(one, range(1, 6))
     assert set(everything[:5]) == {0, 1, 2, 3, 4} and len(everything) == 10
     assert margins(two, range(1, 4)) == everything[:6]
-    three.load_state_dict(pickle.loads(pickle.dumps(two.state_dict())))
+    three.stream.load_state_dict(pickle.loads(pickle.dumps(two.stream.state_dict())))
     assert margins(three, range(4, 6)) == everything[6:]
-    other = OfflinePairs(data.model_copy(update={"seed": 3}), policy_folder, None)
+    other = OfflinePairs(data.model_copy(update={"seed": 3}), policy_folder, RolloutConfig())
     with pytest.raises(DataError, match="seed"):
-        other.load_state_dict(two.state_dict())
+        other.stream.load_state_dict(two.stream.state_dict())
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,4 +248,4 @@ def test_fewer_pairs_than_a_step_takes_are_refused(tmp_path: Path, policy_folder
     write_pairs(tmp_path / "p.parquet", pairs(2))
     data = DataConfig(pairs_path=str(tmp_path / "p.parquet"), pairs_per_step=3)
     with pytest.raises(DataError, match=r"has 2 pairs, but data\.pairs_per_step=3"):
-        OfflinePairs(data, policy_folder, None)
+        OfflinePairs(data, policy_folder, RolloutConfig())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.rewards.repetition import repeated_share
+from skyrl.rewards.metrics import repeated_share
 
 
 @pytest.mark.parametrize(

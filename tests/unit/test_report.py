@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from html import escape
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skyrl.monitoring.gallery import FALSE_CLAIM, FIRST, RULE, add_after, gallery_entries, marked_text, picture_base64
+from skyrl.monitoring.charts import charts_with_data, running_mean, smoothing_window
+from skyrl.monitoring.gallery import FALSE_CLAIM, FIRST, RULE, add_after, gallery_entries, marked, picture_base64
 from skyrl.monitoring.records import read_metrics, write_json
-from skyrl.monitoring.report import smoothing_window, write_report
+from skyrl.monitoring.report import write_report
 from skyrl.monitoring.sinks import JsonlSink
 from skyrl.monitoring.summary import write_summary
-from skyrl.monitoring.svg import BOTTOM, HEIGHT, TOP, Series, line_chart, nice_ticks, running_mean
 from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
 from skyrl.rewards.claims import CHECKERS, Claim
 from skyrl.settings import Config
@@ -114,13 +117,20 @@ def test_report_is_one_safe_file(tmp_path: Path) -> None:
     for _, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href"):
-            assert (attributes.get(name) or "data:").startswith("data:")
-    assert "http:" not in html and "https:" not in html and "url(" not in html and "@import" not in html
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
+    assert "http:" not in html and "https:" not in html and "url(" not in html.replace("url(#", "")
+    assert "@import" not in html and HOSTILE not in html and html.count(escape(HOSTILE)) >= 8
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    used = re.findall(r'(?:href="|url\()#(\w+)', html)  # what charts point to stands once in the page
+    assert used and set(used) <= set(ids) and len(set(ids)) == len(ids)
     assert page.marks[2:] == [("true", "3"), ("false", "7"), ("true", "1"), ("true", "3"), ("true", "1")]
     assert page.marks[:2] == [("true", "true"), ("false", "false")]  # the legend
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:\"" in html
     assert RULE[:40] in html and "40.0% →</span> 60.0%" in html and "learner.trainable" in html
     assert "prefers-color-scheme: dark" in html
-    assert "Time per phase" in html and "without SSB" not in html.split("Scenes")[0].split('class="legend"')[-1]
+    assert "Time per phase" in html and "with SSB" in html and "without SSB" not in html and "MPO" not in html
+    write_report(tmp_path)
+    assert path.read_text(encoding="utf-8") == html  # to the last digit
 
 
 def test_report_of_an_unfinished_run(tmp_path: Path) -> None:
@@ -143,11 +153,29 @@ def test_marks_stand_at_the_right_characters() -> None:
         {"start": 8, "end": 12, "text": "overlaps", "true": True},
         {"start": 15, "end": 99, "text": "beyond", "true": False},
     ]
-    html = marked_text(text, claims)
-    assert html == (
-        'I see <mark class="true" title="true claim about the picture">3</mark>&lt;'
-        '<mark class="false" title="false claim about the picture">7</mark>/&quot;1&quot; &amp; so on'
-    )
+    assert [piece for piece in marked(text, claims) if piece[1]] == [
+        ("", "I see "),
+        ("true", "3"),
+        ("", "<"),
+        ("false", "7"),
+        ("", '/"1" & so on'),
+    ]
+    assert [piece for piece in marked("<think>3</answer>", []) if piece[1]] == [
+        ("tag", "<think>"),
+        ("", "3"),
+        ("tag", "</answer>"),
+    ]
+
+
+def test_marks_are_escaped_in_the_page(tmp_path: Path) -> None:
+    before = group(0, '<think>I see 3</think>\n<i>&amp;</i> "')
+    make_run(tmp_path, gallery_entries([before], 12))
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert (
+        '<p><span class="tag">&lt;think&gt;</span>I see '
+        '<mark class="true" title="true claim about the picture">3</mark>'
+        '<span class="tag">&lt;/think&gt;</span>\n&lt;i&gt;&amp;amp;&lt;/i&gt; &#34;</p>'
+    ) in html
 
 
 def test_gallery_follows_its_rule() -> None:
@@ -205,32 +233,92 @@ def test_picture_is_a_png() -> None:
     assert max(size(picture_base64((np.zeros((900, 1800, 3), np.uint8),)))) == 512
 
 
+BOLD, FAINT = "stroke-width: 2", "stroke-opacity: 0.35"
+
+
+def places(svg: str, colour: int, style: str) -> list[list[tuple[float, float]]]:
+    """The pieces of a line in the picture, each its points."""
+    (path,) = re.findall(rf'<path d="([^"]*)" clip-path="[^>]*stroke: var\(--s{colour}\); {style};', svg)
+    pieces = [re.findall(r"([-\d.]+) ([-\d.]+)", piece) for piece in path.split("M")[1:]]
+    return [[(float(x), float(y)) for x, y in piece] for piece in pieces]
+
+
+def assert_drawn(points: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+    """Both axes of the picture are linear; y grows downwards."""
+    for axis, sign in ((0, 1), (1, -1)):
+        drawn, wanted = [p[axis] for p in points], [e[axis] for e in expected]
+        slope, start = np.polyfit(wanted, drawn, 1)
+        assert slope * sign > 0 and np.polyval((slope, start), wanted) == pytest.approx(drawn, abs=0.01)
+
+
 def test_chart() -> None:
-    lines = [Series("a <b>", [(float(i), i / 100) for i in range(2000)]), Series("empty", [])]
-    html = line_chart("Title", lines, unit="share", window=10)
-    Page(html)
-    assert "a &lt;b&gt;" in html and "empty" not in html
-    assert html.count('class="hover"') <= 150 and "step 1999\na &lt;b&gt;: 1999.0%" in html
-    assert ">1994.5%</text>" in html  # the mean of the last ten
-    assert line_chart("Title", [Series("x", [])], unit="-") == ""
-    Page(line_chart("one point", [Series("x", [(3.0, 0.0)], smooth=False)], unit="s"))
+    values = [0.5, 0.9, 0.1, 0.6, 0.8, 0.7, 0.3, 0.35, 0.4, 0.9]
+    history = [{"step": step, "buffer/effective_share_fresh": v} for step, v in enumerate(values * 2, start=1)]
+    ((chart, (line,), svg),) = charts_with_data(history)
+    assert chart.title == "Effective share of the rollout batch" and chart.unit == "share"
+    assert line.label == "without SSB (fresh)" and line.colour == 1  # the other line would have the first
+    mean = [values[0], *((a + b) / 2 for a, b in zip((values * 2)[:-1], (values * 2)[1:], strict=True))]
+    assert line.last == pytest.approx((0.4 + 0.9) / 2)
+    assert_drawn(places(svg, 1, BOLD)[0], list(enumerate(mean, start=1)))
+    assert_drawn(places(svg, 1, FAINT)[0], list(enumerate(values * 2, start=1)))
+    assert ">0%</text>" in svg and ">step</text>" in svg and "#0000" not in svg  # every colour is the page's
+    assert charts_with_data([]) == charts_with_data([{"step": 1, "time/step": 1.0}]) == []
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_end_labels_do_not_cover_each_other(sign: int) -> None:
-    lines = [Series(str(i), [(0.0, 0.0), (1.0, sign * 0.001 * i)]) for i in range(6)]
-    html = line_chart("Title", [*lines, Series("far", [(0.0, 0.0), (1.0, float(sign))])], unit="-", from_zero=False)
-    places = sorted(float(y) for y in re.findall(r'class="last" x="\d+" y="([-\d.]+)"', html))
-    assert len(places) == 7 and min(b - a for a, b in pairwise(places)) > 12.5
-    assert places[0] >= TOP and places[-1] <= HEIGHT - BOTTOM + 4  # a baseline stands 4 below its label's middle
+def test_gaps_are_not_drawn() -> None:
+    known = {1: 4.0, 2: 5.0, 5: 4.5, 7: 4.2, 8: 4.4, 9: 5.0}
+    history = [{"step": step, "reward/model": known.get(step)} for step in range(10)]
+    history += [{"step": 10}]  # neither None nor nothing is a number
+    ((_, (line,), svg),) = charts_with_data(history)
+    pieces = [piece for piece in places(svg, 1, BOLD) if len(piece) > 1]
+    assert [len(piece) for piece in pieces] == [2, 3]
+    assert_drawn([*pieces[0], *pieces[1]], [(step, known[step]) for step in (1, 2, 7, 8, 9)])
+    assert svg.count("<use ") == 1  # a step without neighbours
+    ticks = [float(tick) for tick in re.findall(r"text-anchor: end[^>]*>([^<]*)</text>", svg)]
+    assert len(ticks) > 2 and min(ticks) > 3.5 and line.last == 5.0  # a score need not begin at 0
 
 
-def test_ticks_and_running_mean() -> None:
-    assert nice_ticks(0, 1) == pytest.approx([0, 0.5, 1.0]) or nice_ticks(0, 1) == pytest.approx(
-        [0, 0.2, 0.4, 0.6, 0.8, 1]
-    )
-    for low, high in ((0.0, 0.37), (-3.2, 8.0), (5.0, 5.0), (0.0, 0.0), (1e-7, 2e-7), (-4.0, -4.0)):
-        ticks = nice_ticks(low, high)
-        assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12 and 2 <= len(ticks) <= 8
-    assert running_mean([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == [(0, 1.0), (1, 2.0), (2, 4.0)]
+def test_evaluations_are_dots() -> None:
+    history = [{"step": step} | ({"eval/accuracy": step / 100} if step % 10 == 0 else {}) for step in range(41)]
+    ((chart, (line,), svg),) = charts_with_data(history)
+    dots = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--s0\)', svg)
+    expected = [(step, step / 100) for step in range(0, 50, 10)]
+    assert chart.title == "Accuracy" and line.last == 0.4  # no mean
+    assert_drawn([(float(x), float(y)) for x, y in dots], expected)
+    assert_drawn(places(svg, 0, BOLD)[0], expected)
+    ((_, _, svg),) = charts_with_data([{"step": 3, "eval/accuracy": 0.0}])
+    assert svg.count("<use ") == 1
+
+
+def test_losses_of_own_terms_are_among_the_losses(tmp_path: Path) -> None:
+    own = {"loss/total": 1.0, "loss/mpo": 2.0, "loss/preference": 3.0, "loss/length": 0.4567}
+    drawn = {chart.title: lines for chart, lines, _ in charts_with_data([{"step": k, **own} for k in (1, 2)])}
+    assert {title: [(line.label, line.colour) for line in lines] for title, lines in drawn.items()} == {
+        "Loss": [("total", 0), ("MPO", 2), ("loss/length", 3)],
+        "MPO terms, before their weights": [("preference (DPO)", 0)],
+    }
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log(1, own)
+    sink.close()
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert '<i style="background: var(--s3)"></i>loss/length\n<b>0.457</b>' in html and '"unit">nats<' in html
+
+
+def test_a_long_run_stays_small() -> None:
+    noise = np.random.default_rng(0)
+    history = [{"step": step, "reward/total": float(noise.normal())} for step in range(20000)]
+    ((_, _, svg),) = charts_with_data(history)
+    assert len(svg) < 400_000
+
+
+def test_running_mean() -> None:
+    nan = math.nan
+    np.testing.assert_allclose(running_mean(np.array([1.0, 3.0, 5.0]), 2), [1, 2, 4])
+    np.testing.assert_allclose(running_mean(np.array([nan, 1.0, nan, 3.0, 5.0]), 3), [nan, 1, nan, 2, 4])
     assert smoothing_window([]) == 1 and smoothing_window([{}] * 70) == 7 and smoothing_window([{}] * 9999) == 25
+
+
+def test_matplotlib_is_imported_to_draw_only() -> None:
+    code = "import sys, skyrl.monitoring.report; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "False\n"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import encoder, random_model
 
-from skyrl.digits import reward_training
-from skyrl.digits.reward_training import build_pairs, reasoning_errors, train_reward_model
+from skyrl.digits import training
 from skyrl.digits.scenes import DigitScenes
+from skyrl.digits.training import build_pairs, reasoning_errors, train_reward_model
 from skyrl.records import Prompt, SkyrlError
 from skyrl.rewards.reward_model import RewardModel
 
@@ -64,7 +64,7 @@ def pairs_of(monkeypatch: pytest.MonkeyPatch, counts: list[list[int]], seed: int
         calls.append(([p.id for p in prompts], temperature, seed))
         return [next(answers) for _ in prompts]
 
-    monkeypatch.setattr(reward_training, "sample_answers", sampler)
+    monkeypatch.setattr(training, "sample_answers", sampler)
     scenes: Any = Letters()
     return build_pairs(None, encoder(), scenes, len(counts), seed), calls
 
@@ -119,9 +119,9 @@ def scene_pairs(count: int) -> list[tuple[Prompt, str, str]]:
 
 def train(monkeypatch: pytest.MonkeyPatch, steps: int) -> tuple[RewardModel, float, list[float]]:
     pairs = scene_pairs(20)
-    monkeypatch.setattr(reward_training, "build_pairs", lambda *_: pairs)
-    monkeypatch.setattr(reward_training, "PAIRS_PER_STEP", 6)
-    monkeypatch.setattr(reward_training, "PEAK_LR", 3e-3)
+    monkeypatch.setattr(training, "build_pairs", lambda *_: pairs)
+    monkeypatch.setattr(training, "PAIRS_PER_STEP", 6)
+    monkeypatch.setattr(training, "REWARD_LR", 3e-3)
     losses: list[float] = []
     model, accuracy = train_reward_model(
         None,
@@ -130,7 +130,7 @@ def train(monkeypatch: pytest.MonkeyPatch, steps: int) -> tuple[RewardModel, flo
         DigitScenes("reward", 40, 0.0, 0),
         steps,
         0,
-        lambda _s, _n, loss: losses.append(loss),
+        lambda _step, loss: losses.append(loss),
     )
     return model, accuracy, losses
 
@@ -142,7 +142,7 @@ def test_the_prompts_that_are_answered_grow_with_the_steps(monkeypatch: pytest.M
         asked.append(prompts)
         return scene_pairs(1)
 
-    monkeypatch.setattr(reward_training, "build_pairs", few)
+    monkeypatch.setattr(training, "build_pairs", few)
     for steps in (4, 40, 400):
         with pytest.raises(SkyrlError, match="make 1 pairs for the reward model; allowed: 2 or more"):
             train_reward_model(None, None, encoder(), DigitScenes("reward", 1000, 0, 0), steps, 0, lambda *_: None)

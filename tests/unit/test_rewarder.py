@@ -86,7 +86,7 @@ def make(cfg: Config, *scores: list[float], prefix: str = "") -> Rewarder:
 def rules() -> Iterator[Rewarder]:
     rewarder = make(config())
     yield rewarder
-    rewarder.close()
+    rewarder.runner.close()
 
 
 def column(scored: SampleGroup, name: str) -> list[float]:
@@ -146,7 +146,7 @@ def parquet_config(folder: Path, *names: str, **own: str) -> Config:
 def test_verifiers_that_the_data_name_are_checked_where_they_run(tmp_path: Path) -> None:
     rewarder = make(parquet_config(tmp_path, "numeric", "math", "hostile_verifiers:right", "mine", mine=OWN))
     rewarder.ready()
-    rewarder.close()
+    rewarder.runner.close()
     for name, message in (
         ("no_such_module:f", "verifier 'no_such_module:f'.*No module named 'no_such_module'"),
         ("hostile_verifiers:absent", "verifier 'hostile_verifiers:absent'.*can't be imported"),
@@ -155,7 +155,7 @@ def test_verifiers_that_the_data_name_are_checked_where_they_run(tmp_path: Path)
         rewarder = make(parquet_config(tmp_path, "numeric", name, mine="hostile_verifiers:absent"))
         with pytest.raises(DataError, match=message):
             rewarder.ready()
-        rewarder.close()
+        rewarder.runner.close()
 
 
 def test_a_name_of_the_settings_is_known_in_a_process_of_its_own(tmp_path: Path) -> None:

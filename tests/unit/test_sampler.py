@@ -21,7 +21,7 @@ from skyrl.policy.module import PolicyModule, load_policy
 from skyrl.records import ConfigError, DataError, Prompt, RewardParts, RolloutRequest, Sample, SampleGroup, SyncError
 from skyrl.rollout.engine import Completion, EngineRequest
 from skyrl.rollout.sampler import Sampler, best_answer, sample_seed
-from skyrl.settings import Config
+from skyrl.settings import Config, Truncated
 from skyrl.sync.snapshot import layout_of, take_snapshot
 from tests.plain_engine import PlainEngine, log_distribution
 from tests.tiny_models import answer_ids, encoder, noise, processor, prompt, random_model
@@ -418,6 +418,22 @@ def test_a_continuation_that_reaches_the_limit_is_truncated(sampler: Sampler) ->
     assert groups[0].blind[1].text.endswith("4+1=5")
     nothing = [group(sample(0, 1.0), asked=PROMPTS[1])]
     assert sampler.continue_blind(nothing, 6)[0].blind is None
+
+
+@pytest.mark.parametrize("truncated", list(Truncated))
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_truncated_continuation_trains_as_truncated_answers_do(
+    sampler: Sampler, truncated: Truncated, ends: bool
+) -> None:
+    sampler.engine, groups = Scripted("4+1=5", ends=ends), [group(sample(0, 1.0))]
+    sampler.cfg.reward.truncated = truncated
+    sampler.continue_blind(groups, 6)
+    assert groups[0].blind is not None
+    made = groups[0].blind[1]
+    assert made.mask.shape == made.token_ids.shape and made.mask.dtype == bool
+    left_out = truncated is Truncated.leave_out and not ends
+    assert made.mask.tolist() == [not left_out] * len(made.token_ids)
+    assert groups[0].samples[0].mask.all()  # the answer that it was cut from is none of it
 
 
 # ---------------------------------------------------------------- weights

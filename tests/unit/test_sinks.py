@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
+import re
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from skyrl.monitoring.metrics import METRICS, MetricError, MetricInfo
 from skyrl.monitoring.records import jsonable, read_metrics
 from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
 from skyrl.records import ConfigError, DataError
-from skyrl.settings import WandbMode
+from skyrl.settings import Config, WandbMode
 
 STEP = {
     "reward/total": 0.712,
@@ -124,6 +126,12 @@ def test_jsonable() -> None:
     }
     with pytest.raises(DataError, match="object"):
         jsonable(object())
+    with pytest.raises(DataError, match="numbers, text, lists"):
+        jsonable({"a": [np.zeros(2)]})
+    settings = Config()
+    settings.learner.max_grad_norm = math.inf
+    text = json.dumps(jsonable(settings))
+    assert json.loads(text)["learner"]["max_grad_norm"] is None and "Infinity" not in text
 
 
 def test_console_prints_one_plain_line_per_step() -> None:
@@ -148,6 +156,7 @@ def test_console_shows_a_table_on_a_terminal() -> None:
     shown = file.getvalue()
     for text in ("step 2/4", "75.0%", "effective share, with SSB", "left", "rollout 1.2"):
         assert text in shown
+    assert re.search(r"rule +50\.0% +75\.0%", shown)  # first and now
 
 
 def logged_out(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
@@ -197,7 +206,8 @@ def test_wandb_online_without_network_becomes_offline(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with caplog.at_level(logging.WARNING):
-        sink = WandbSink(tmp_path, project="p", name="n", config={"lr": 1e-3, "mode": WandbMode.auto}, timeout=10.0)
+        config = {"lr": 1e-3, "mode": WandbMode.auto}
+        sink = WandbSink(tmp_path, project="p", name="n", mode=WandbMode.auto, config=config, timeout=10.0)
     sink.log(1, {"reward/rule": 0.5, "grpo/ratio_max": float("inf")})
     sink.close()
     sink.log(2, {"reward/rule": 0.5})  # after closing: nothing happens

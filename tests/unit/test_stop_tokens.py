@@ -217,10 +217,11 @@ def test_tags_that_are_special_tokens_can_be_sampled_and_stay_in_texts(which: tu
 
 
 def test_other_tags_than_these_are_special_tokens_as_any() -> None:
-    made = PromptEncoder(tokenizer(CHATML, (*IM, *TAGS), (), "<|im_end|>"), tags=("<reason>", "</reason>"))
-    assert set(made.tokenizer.convert_tokens_to_ids(list(TAGS))) < set(made.forbidden_token_ids())
-    with pytest.raises(DataError, match="special token '</answer>'"):
-        made.check_question(prompt("x", question=f"Use {''.join(TAGS)}."))
+    other = ["<reason>", "</reason>"]
+    made = PromptEncoder(tokenizer(CHATML, (*IM, *TAGS, *other), (), "<|im_end|>"))
+    assert set(made.tokenizer.convert_tokens_to_ids(other)) < set(made.forbidden_token_ids())
+    with pytest.raises(DataError, match="special token '</reason>'"):
+        made.check_question(prompt("x", question="Use <reason></reason>."))
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -245,7 +246,7 @@ def test_a_tag_that_ends_the_answer_stays(special: bool, tmp_path: Path) -> None
 
 def test_a_template_that_opens_the_reasoning_is_found_out() -> None:
     made = PromptEncoder(tokenizer(R1, IM, TAGS, "<|im_end|>"))
-    assert made.opens_think and made.answer_prefix == "<think>"
+    assert made.answer_prefix == "<think>"
     assert made.turn_end_id == made.tokenizer.convert_tokens_to_ids("<|im_end|>")
     bare = made.tokenizer("a</think><answer>b</answer>")["input_ids"]
     for start in ("<think>\n", "<think>", ""):  # no row has it twice
@@ -265,13 +266,13 @@ def test_a_template_that_opens_the_reasoning_is_found_out() -> None:
 )
 def test_only_an_open_reasoning_at_the_very_end_counts(ending: str, opens: bool) -> None:
     made = PromptEncoder(tokenizer(CHATML.replace("assistant\n", f"assistant\n{ending}"), IM, TAGS, "<|im_end|>"))
-    assert made.opens_think is opens and made.answer_prefix == ("<think>" if opens else "")
+    assert made.answer_prefix == ("<think>" if opens else "")
     made.check_question(prompt("x", question="<think>"))
     assert made.chat_text(prompt("x", question="<think>")).endswith(ending)
 
 
 def test_a_question_that_ends_with_the_tag_opens_nothing() -> None:
-    assert not encoder().opens_think and encoder().answer_prefix == ""
+    assert encoder().answer_prefix == ""
 
 
 THINKS = CHATML.replace(

@@ -86,7 +86,6 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
     "null, or a whole number, 1 or more": ("filter.rows cluster.num_cpus", [None, 1], [0, 1.5]),
     "a whole number, 2 or more": ("rollout.samples_per_prompt", [2], [1, 0, 2.5]),
     "a whole number, 0 or more and at most 3": ("learner.zero_stage", [0, 1, 2, 3], [-1, 4, 0.5]),
-    "a whole number, 0 or more and at most 65535": ("cluster.dashboard_port", [0, 65535], [-1, 65536]),
     "a number, 0 or more": (
         "learner.weight_decay buffer.alpha algorithm.grpo.weight algorithm.grpo.kl_weight algorithm.grpo.clip_high "
         "algorithm.mpo.weight algorithm.mpo.preference_weight algorithm.mpo.quality_weight "

@@ -49,7 +49,7 @@ def test_trusted_verifiers_need_no_process() -> None:
         assert runner.verify("numeric", "9.5", "9").score == 1.0
         assert runner.verify("exact", "cat", "dog").score == 0.0
         assert runner.verify("choice", "B", "(B)").score == 1.0
-        assert runner._process is None
+        assert runner._child is None
 
 
 def test_broken_truth_is_an_error_not_a_zero() -> None:
@@ -96,10 +96,10 @@ def test_process_is_kept_between_answers_and_replaced_after_a_crash(runner: Veri
 
 def test_process_that_died_while_idle_costs_no_sample(runner: VerifierRunner) -> None:
     runner.verify(bad("right"), "", "")
-    process = runner._process
-    assert process is not None
-    process.kill()
-    assert eventually(lambda: gone(process.pid))
+    child = runner._child
+    assert child is not None
+    child.process.kill()
+    assert eventually(lambda: gone(child.process.pid))
     assert runner.verify(bad("right"), "9", "9").score == 1.0
 
 
@@ -153,11 +153,11 @@ def test_close_ends_the_process_and_is_repeatable() -> None:
     runner = VerifierRunner(timeout=0.5)
     runner.close()
     runner.verify(bad("right"), "", "")
-    process = runner._process
-    assert process is not None
+    child = runner._child
+    assert child is not None
     runner.close()
     runner.close()
-    assert process.returncode is not None
+    assert child.process.returncode is not None
 
 
 def test_child_ends_with_a_killed_parent() -> None:
@@ -165,7 +165,7 @@ def test_child_ends_with_a_killed_parent() -> None:
         f"import sys, os; sys.path.insert(0, {HERE!r})\n"
         "from skyrl.rewards.runner import VerifierRunner\n"
         "runner = VerifierRunner(1.0); runner.verify('hostile_verifiers:right', '', '')\n"
-        "print(runner._process.pid, flush=True); os.kill(os.getpid(), 9)\n"
+        "print(runner._child.process.pid, flush=True); os.kill(os.getpid(), 9)\n"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
     assert eventually(lambda: gone(int(output)))

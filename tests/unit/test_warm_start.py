@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import answer_ids, encoder, noise, prompt, random_model
 
-from skyrl.digits import warm_start as module
+from skyrl.digits import training
 from skyrl.digits.scenes import DigitScenes
-from skyrl.digits.warm_start import learning_rate_factor, sample_answers, warm_start
+from skyrl.digits.training import learning_rate_factor, sample_answers, warm_start
 
 
 @pytest.mark.parametrize(
@@ -31,21 +31,21 @@ def test_learning_rate_rises_for_twenty_steps_and_falls_as_a_cosine(step: int, s
 
 def train(steps: int, seed: int = 0) -> tuple[dict[str, torch.Tensor], list[float]]:
     losses: list[float] = []
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
 
-    def show(step: int, total: int, loss: float) -> None:
-        seen.append((step, total))
+    def show(step: int, loss: float) -> None:
+        seen.append(step)
         losses.append(loss)
 
     model = random_model(seed, scale=1.0)
     warm_start(model, encoder(), DigitScenes("train", 64, 0.2, 0), steps, show)
-    assert seen == [(i + 1, steps) for i in range(steps)]
+    assert seen == list(range(1, steps + 1))
     assert not model.training
     return model.state_dict(), losses
 
 
 def test_the_same_seed_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH", 8)
+    monkeypatch.setattr(training, "BATCH", 8)
     (first, losses), (second, again) = train(2), train(2)
     assert losses == again
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -54,14 +54,14 @@ def test_the_same_seed_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_loss_falls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH", 16)
+    monkeypatch.setattr(training, "BATCH", 16)
     _, losses = train(8)
     assert losses[0] == pytest.approx(5.8, abs=0.3)  # log 332: an untrained model knows nothing of 332 tokens
     assert losses[-1] < losses[0] - 0.5
 
 
 def test_the_loss_is_of_the_answers_tokens_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(training, "BATCH", 4)
     model, maker, scenes = random_model(scale=1.0), encoder(), DigitScenes("train", 64, 0.2, 0)
     surprise: list[torch.Tensor] = []
     for i in range(4):  # one by one, without padding

@@ -13,7 +13,7 @@ import numpy as np
 from skyrl.batch.pairs import NO_THRESHOLD, Pair, reward_margin_pairs, rule_pairs
 from skyrl.batch.thresholds import Candidate
 from skyrl.records import DataError, PreferencePair, Sample, SampleGroup, SkyrlError, TrainBatch, TrainItem
-from skyrl.settings import GrpoFilter, MpoConfig, PairSource
+from skyrl.settings import GrpoFilter, PairSource
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,13 +70,14 @@ def check_fresh(groups: list[SampleGroup], version: int, lag: int) -> None:
                 raise DataError(f"{where}: 0 answer tokens; allowed: 1 or more")
 
 
-def group_pairs(gated: Gated, mpo: MpoConfig, tau: float) -> list[Pair]:
-    """Pairs of one group from the configured source; samples that can't train take no part, and one that the gate holds
-    is never chosen.
+def members(group: SampleGroup) -> list[Sample]:
+    """What a pair's places refer to: the group's samples and, last, the continuation without the picture if any."""
+    return group.samples if group.blind is None else [*group.samples, group.blind[1]]
 
-    Args:
-        mpo: Source and largest number of pairs.
-        tau: Smallest margin. Without meaning for ``dropout_ntp``, which has no margins.
+
+def group_pairs(gated: Gated, source: PairSource, most: int, tau: float) -> list[Pair]:
+    """At most ``most`` pairs of one group; samples that can't train take no part, and one that the gate holds is never
+    chosen. Their margins are at least τ, which has no meaning for ``dropout_ntp``: its pairs have none.
 
     Returns:
         Places in :func:`members`.
@@ -84,41 +85,29 @@ def group_pairs(gated: Gated, mpo: MpoConfig, tau: float) -> list[Pair]:
     Raises:
         DataError: if reward-model scores that are needed are not finite.
     """
-    group, most, choosable = gated.group, mpo.pairs_per_prompt, ~gated.held
-    if mpo.pairs is PairSource.dropout_ntp:
-        return _blind_pair(group, gated.able & choosable)
-    try:
-        if mpo.pairs is PairSource.rule:
-            scores = None if np.isnan(gated.scores[gated.able]).all() else gated.scores
-            return rule_pairs(gated.right, scores, gated.able, tau, most, choosable)
-        return reward_margin_pairs(gated.scores, gated.able, tau, most, choosable)
-    except ValueError as error:
-        raise DataError(f"prompt {group.prompt.id}: no preference pairs: {error}") from error
-
-
-def members(group: SampleGroup) -> list[Sample]:
-    """What a pair's places refer to: the group's samples and, last, the continuation without the picture if any."""
-    return group.samples if group.blind is None else [*group.samples, group.blind[1]]
-
-
-def _blind_pair(group: SampleGroup, choosable: np.ndarray) -> list[Pair]:
-    """DropoutNTP: an answer against its own first half, continued without the picture."""
-    if group.blind is None:
-        return []
-    chosen, rejected = group.blind
-    if not choosable[chosen] or not rejected.mask.any():
-        return []
-    if np.array_equal(group.samples[chosen].token_ids, rejected.token_ids):
-        return []  # without the picture it said the same: nothing is to be preferred
-    return [(chosen, len(group.samples), None)]
+    group, able, choosable, scores = gated.group, gated.able, ~gated.held, gated.scores
+    if source is PairSource.dropout_ntp:  # an answer against its own first half, continued without the picture
+        if group.blind is None:
+            return []
+        chosen, rejected = group.blind
+        # If it said the same without looking, nothing is to be preferred.
+        same = np.array_equal(group.samples[chosen].token_ids, rejected.token_ids)
+        fits = able[chosen] and choosable[chosen] and rejected.mask.any() and not same
+        return [(chosen, len(group.samples), None)] if fits else []
+    unscored = source is PairSource.rule and np.isnan(scores[able]).all()
+    broken = np.flatnonzero(able & ~np.isfinite(scores))
+    if len(broken) and not unscored:
+        got = f"reward-model scores of samples {broken.tolist()} are {scores[broken].tolist()}"
+        raise DataError(f"prompt {group.prompt.id}: no preference pairs: {got}; allowed: finite")
+    if source is PairSource.rule:
+        return rule_pairs(gated.right, None if unscored else scores, able, choosable, tau, most)
+    return reward_margin_pairs(scores, able, choosable, tau, most)
 
 
 def add_group(batch: TrainBatch, group: SampleGroup, trained: list[int], found: list[Pair]) -> None:
     """Append a fresh group's items and pairs.
 
     Args:
-        batch: What there is so far.
-        group: A scored group.
         trained: Places of the samples that the GRPO term sees. A pair member that it does not see gets weight 0.
         found: Its pairs, places in :func:`members`; in the batch they are places in ``batch.items``.
     """
@@ -131,22 +120,22 @@ def add_group(batch: TrainBatch, group: SampleGroup, trained: list[int], found: 
     batch.pairs += [PreferencePair(at[chosen], at[rejected], margin) for chosen, rejected, margin in found]
 
 
-def margin_candidates(gated: list[Gated], mpo: MpoConfig) -> list[Candidate]:
+def margin_candidates(gated: list[Gated], source: PairSource) -> list[Candidate]:
     """The first pair that each group would form without a threshold: its margin, labelled by its chosen answer.
 
     Pairs without a margin (no reward model, or ``dropout_ntp``) are compared with nothing and left out.
     """
-    one = mpo.model_copy(update={"pairs_per_prompt": 1})
-    firsts = [(each.group, *pair) for each in gated for pair in group_pairs(each, one, NO_THRESHOLD)]
-    return [Candidate(m, _bad(group, group.samples[chosen])) for group, chosen, _, m in firsts if m is not None]
+    firsts = [(one, *pair) for one in gated for pair in group_pairs(one, source, 1, NO_THRESHOLD)]
+    return [_candidate(one, chosen, margin) for one, chosen, _, margin in firsts if margin is not None]
 
 
 def gate_candidates(gated: list[Gated]) -> list[Candidate]:
     """The answers that are right by the rule, with r_θ where it is known."""
-    places = [(one, place) for one in gated for place in np.flatnonzero(one.right & ~np.isnan(one.scores)).tolist()]
-    return [Candidate(float(one.scores[p]), _bad(one.group, one.group.samples[p])) for one, p in places]
+    known = [(one, place) for one in gated for place in np.flatnonzero(one.right & ~np.isnan(one.scores)).tolist()]
+    return [_candidate(one, place, float(one.scores[place])) for one, place in known]
 
 
-def _bad(group: SampleGroup, sample: Sample) -> bool | None:
-    """Whether it makes a false claim about its picture; ``None`` where no claim can be checked."""
-    return sample.false_claims > 0 if group.checkable else None
+def _candidate(gated: Gated, place: int, score: float) -> Candidate:
+    """Bad if it makes a false claim about its picture; unknown where no claim can be checked."""
+    group = gated.group
+    return Candidate(score, group.samples[place].false_claims > 0 if group.checkable else None)

@@ -25,7 +25,6 @@ class Batcher:
     """The role that owns the Selective Sample Buffer, both thresholds and the offline pairs, and makes the batches.
 
     Args:
-        cfg: All settings. Without ``buffer.enabled`` nothing is kept or replayed.
         policy_folder: Hugging Face folder whose tokenizer encodes offline pairs.
 
     Raises:
@@ -63,9 +62,6 @@ class Batcher:
             version: weight updates that the learner has received.
             parts: lists of scored groups, in the order of the prompts.
 
-        Returns:
-            The batch, and the report. A share or mean of nothing (no fresh, right or drawn sample) has no key.
-
         Raises:
             SkyrlError: if no answer could be scored, or one is newer than ``version`` or older than the lag allows.
             DataError: if an answer has no tokens, reward-model scores needed for pairs are not finite, or a
@@ -85,19 +81,20 @@ class Batcher:
         batch = TrainBatch(step, version, weights, [], [], grpo_samples=0, grpo_tokens=0)
         for one in gated:
             trained = one.grpo(grpo.filter) if with_samples else []
-            add_group(batch, one.group, trained, group_pairs(one, mpo, self.margin.value) if with_pairs else [])
+            pairs = group_pairs(one, mpo.pairs, mpo.pairs_per_prompt, self.margin.value) if with_pairs else []
+            add_group(batch, one.group, trained, pairs)
         lags = [version - item.sample.policy_version for item in batch.items]
         drawn = self._replay(batch, gated) if replays else []
         tokens = [item.sample.trained_tokens for item in batch.items if item.grpo_weight != 0]
         batch.grpo_samples, batch.grpo_tokens = len(tokens), sum(tokens)
         if with_pairs:
-            self.margin.observe(margin_candidates(gated, mpo))
+            self.margin.observe(margin_candidates(gated, mpo.pairs))
         self.gate.observe(gate_candidates(gated))
 
-        metrics = reward_metrics(groups, self.cfg) | self._threshold_metrics(gated, with_pairs)
-        metrics |= self._shares(gated, batch, drawn)
-        if lags:
-            metrics |= {"batch/lag_mean": sum(lags) / len(lags), "batch/lag_max": float(max(lags))}
+        metrics = reward_metrics(groups, self.cfg) | self._metrics(gated, batch, drawn)
+        metrics |= _mean_and_max("batch/lag", lags)
+        if with_pairs and mpo.pairs is not PairSource.dropout_ntp:
+            metrics |= self.margin.metrics("threshold/")
         if replays:
             stats = self.buffer.stats(version)
             metrics |= {"buffer/prompts": stats["prompts"], "buffer/mass": stats["priority_mass"]}
@@ -118,10 +115,9 @@ class Batcher:
 
     def save(self, path: Path, counts: dict[int, int], *parts: list[SampleGroup]) -> None:
         """Write everything that later batches depend on: the buffer with its random state, the thresholds, the position
-        in the offline pairs, and the scored groups of steps that were asked for ahead.
+        in the offline pairs, and the scored groups of steps that were asked for ahead. The file appears as a whole.
 
         Args:
-            path: The file; it is there as a whole or not at all.
             counts: Step asked for ahead → how many of ``parts`` are its groups, in the order of the steps.
             parts: Lists of scored groups, so many in all.
         """
@@ -130,7 +126,7 @@ class Batcher:
             "buffer": self.buffer.state_dict(),
             "margin": self.margin.state_dict(),
             "gate": self.gate.state_dict(),
-            "pairs": None if self.pairs is None else self.pairs.state_dict(),
+            "pairs": None if self.pairs is None else self.pairs.stream.state_dict(),
             "pending": dict(zip(places, parts, strict=True)),
         }
         temporary = path.with_name(f"{path.name}.writing")
@@ -140,14 +136,12 @@ class Batcher:
         os.replace(temporary, path)
 
     def load(self, path: Path) -> dict[int, int]:
-        """Take over a saved state; :meth:`SelectiveSampleBuffer.load_state_dict` says what changed settings do.
-
-        Returns:
-            The ``counts`` that it was saved with: :meth:`pending` has those groups.
+        """Take over a saved state; :meth:`SelectiveSampleBuffer.load_state_dict` says what changed settings do. Returns
+        the ``counts`` that it was saved with: :meth:`pending` has those groups.
 
         Raises:
-            DataError: if an older version of skyrl wrote it, or if the state is that of a run with offline pairs and
-                this is one without, or the other way round.
+            DataError: if an older version of skyrl wrote it, or if one of the two runs has offline pairs and the other
+                has none.
         """
         with path.open("rb") as file:
             if file.read(len(HEADER)) != HEADER:
@@ -163,7 +157,7 @@ class Batcher:
         self.margin.load_state_dict(state["margin"])
         self.gate.load_state_dict(state["gate"])
         if self.pairs is not None:
-            self.pairs.load_state_dict(state["pairs"])
+            self.pairs.stream.load_state_dict(state["pairs"])
         self._pending = state["pending"]
         return dict(Counter(step for step, _ in self._pending))
 
@@ -189,17 +183,7 @@ class Batcher:
         self.buffer.add([replace(one.group, samples=one.passed()) for one in gated], batch.version)
         return drawn
 
-    def _threshold_metrics(self, gated: list[Gated], with_pairs: bool) -> Metrics:
-        metrics: Metrics = {}
-        if with_pairs and self.cfg.algorithm.mpo.pairs is not PairSource.dropout_ntp:
-            metrics |= self.margin.metrics("threshold/")
-        if self.cfg.algorithm.gate.kind is not ThresholdKind.off:
-            metrics |= self.gate.metrics("gate/")
-            if right := sum(int(one.right.sum()) for one in gated):
-                metrics["gate/withheld_share"] = sum(int(one.held.sum()) for one in gated) / right
-        return metrics
-
-    def _shares(self, gated: list[Gated], batch: TrainBatch, drawn: list[Drawn]) -> Metrics:
+    def _metrics(self, gated: list[Gated], batch: TrainBatch, drawn: list[Drawn]) -> Metrics:
         fresh = flatten(one.group for one in gated)
         metrics: Metrics = {
             "buffer/size": float(len(self.buffer)),
@@ -210,12 +194,18 @@ class Batcher:
             metrics["buffer/effective_share_fresh"] = sum(sample.effective for sample in fresh) / len(fresh)
             metrics["buffer/effective_share"] = (_effective(gated) + len(drawn)) / len(fresh)
             metrics["buffer/pairs_share"] = len(batch.pairs) / len(gated)
-        if drawn:
-            ages = [batch.version - one.sample.policy_version for one in drawn]
-            metrics |= {"buffer/age_mean": sum(ages) / len(ages), "buffer/age_max": float(max(ages))}
-        return metrics
+        if self.cfg.algorithm.gate.kind is not ThresholdKind.off:
+            metrics |= self.gate.metrics("gate/")
+            if right := sum(int(one.right.sum()) for one in gated):
+                metrics["gate/withheld_share"] = sum(int(one.held.sum()) for one in gated) / right
+        ages = [batch.version - one.sample.policy_version for one in drawn]
+        return metrics | _mean_and_max("buffer/age", ages)
 
 
 def _effective(gated: list[Gated]) -> int:
     """Fresh samples that carry a signal of the rule reward and are not withheld."""
     return sum(sample.effective for one in gated for sample in one.passed())
+
+
+def _mean_and_max(name: str, versions: list[int]) -> Metrics:
+    return {f"{name}_mean": sum(versions) / len(versions), f"{name}_max": float(max(versions))} if versions else {}

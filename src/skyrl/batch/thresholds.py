@@ -36,10 +36,9 @@ class Candidate:
 
 
 def clopper_pearson_upper(bad: int, total: int, confidence: float) -> float:
-    """Exact one-sided upper bound of a binomial share (Clopper and Pearson 1934).
-
-    The share at which ``bad`` or fewer of ``total`` have probability 1 − confidence: the confidence-quantile of
-    Beta(bad + 1, total − bad); 1.0 if ``total`` is 0 or all are bad.
+    """Exact one-sided upper bound of a binomial share (Clopper and Pearson 1934): that at which ``bad`` or fewer of
+    ``total`` have probability 1 − confidence, the confidence-quantile of Beta(bad + 1, total − bad). 1.0 if ``total``
+    is 0 or all are bad.
 
     Raises:
         ValueError: unless 0 ≤ bad ≤ total and 0 < confidence < 1.
@@ -59,18 +58,17 @@ def risk_controlled(
     ``target_risk`` of what passes is bad" is rejected if the Clopper-Pearson bound is at most ``target_risk``; the
     first that is not rejected ends the walk. The lowest threshold that any walk rejected is returned. A walk is wrong
     only if it rejects the first true null of its list: a single test, at the level (1 − ``confidence``)/J for each of
-    J walks. So a threshold that is too low is returned with a probability of at most 1 − ``confidence``.
-
-    Two starts: from 2/20 alone two bad samples among the first fifty end the search, though further down the bound
-    would hold easily; ``benchmarks/risk_control.py`` weighs what the second gains and costs.
+    J walks. So a threshold that is too low is returned with a probability of at most 1 − ``confidence``. Why two:
+    from 2/20 alone two bad samples among the first fifty end the search, though further down the bound would hold
+    easily (``benchmarks/risk_control.py`` weighs what the second gains and costs).
 
     **What is assumed.** Given the scores, labels are independent draws with P(bad | score), and the risk is the mean of
     P(bad | score) over the samples that pass. The lists, which depend on the scores alone, are fixed then. The sum S of
     n such draws with the mean m has P(S ≤ c) ≤ P(B ≤ c), B binomial with the same mean, for c ≤ m − 1 (Hoeffding 1956).
     Every c that rejects a risk t is so small: P(B ≤ n·t) > 1/4 for t ≤ 1/2 (Greenberg and Mohri 2014), so a level of at
     most 1/4 rejects only below the whole part of n·t. Hence the limits of ``target_risk`` and ``confidence``. Not
-    covered is dependence: answers about one picture, a prompt that comes back within the window, steps whose policy
-    learned from earlier labels of the same window (docs/hallucination.md).
+    covered is dependence (docs/hallucination.md): answers about one picture, a prompt that comes back within the
+    window, steps whose policy learned from earlier labels of the same window.
 
     Args:
         scores: [N], finite. Higher is better.
@@ -80,8 +78,7 @@ def risk_controlled(
         starts: first level of each walk, 1 … 20.
 
     Returns:
-        One of ``scores``, or ``None`` if no walk passes its first test: also with fewer samples than
-        :func:`skyrl.settings.fewest_candidates`.
+        One of ``scores``, or ``None`` if no walk passes its first test, as with fewer than ``fewest_candidates``.
 
     Raises:
         ValueError: for shapes, scores, labels or levels other than these.
@@ -110,9 +107,7 @@ def risk_controlled(
 def safest(scores: ArrayLike, bad: ArrayLike, confidence: float) -> float:
     """Of the thresholds that let 2/20, 3/20, … 20/20 of N ≥ 1 samples pass, the one with the lowest Clopper-Pearson
     bound on the share of bad ones; among equals the lowest. That bound says nothing any more: it was chosen for being
-    low.
-
-    Args and errors: as :func:`risk_controlled`.
+    low. Args and errors are those of :func:`risk_controlled`.
     """
     values, labels = _checked(scores, bad)
     counts = sorted({math.ceil(level * len(values) / LEVELS) for level in range(LOWEST, LEVELS + 1)})
@@ -138,15 +133,13 @@ class Threshold:
     """A threshold with its window of the candidates seen last, and its state.
 
     In each step: :meth:`calibrate`, use :attr:`value`, :meth:`observe` *all* candidates, also those that did not pass:
-    a threshold that saw only what it let pass could never come down again.
-
-    Args:
-        cfg: its settings.
-        key: their name, for messages.
+    a threshold that saw only what it let pass could never come down again. ``key`` names its settings in messages.
     """
 
     def __init__(self, cfg: ThresholdConfig, key: str = "threshold") -> None:
         self.cfg, self.key = cfg, key
+        self._by_risk = cfg.kind is ThresholdKind.risk_controlled
+        self._learns = self._by_risk or cfg.kind is ThresholdKind.quantile
         self.value = -math.inf if cfg.kind is ThresholdKind.off else cfg.value
         """τ. −inf: everything passes (``off``); +inf: nothing does (``fallback=nothing``)."""
         self.controlled = False
@@ -156,7 +149,7 @@ class Threshold:
 
     def observe(self, candidates: Iterable[Candidate]) -> None:
         """Append candidates; the oldest beyond ``cfg.window`` are forgotten. ``risk_controlled`` has no use for those
-        without known facts and skips them; the others look at their scores.
+        without known facts and skips them.
 
         Raises:
             ValueError: for a score that is not finite.
@@ -164,42 +157,38 @@ class Threshold:
         new = list(candidates)
         if broken := [one.score for one in new if not math.isfinite(one.score)]:
             raise ValueError(f"scores hold {broken}; allowed: finite")
-        if self.cfg.kind is ThresholdKind.risk_controlled:
+        if self._by_risk:
             self._unlabelled += sum(one.bad is None for one in new)
             new = [one for one in new if one.bad is not None]
         self._window.extend(new)
 
     def calibrate(self, step: int) -> bool:
         """Set τ anew if ``kind`` says so, the step is due (1 + every, 1 + 2·every, …) and the window holds
-        ``min_labelled`` candidates.
-
-        Returns:
-            Whether τ was calculated (it may have come out the same).
+        ``min_labelled`` candidates. Returns whether it did.
 
         Raises:
             DataError: if ``risk_controlled`` is due and none of the candidates seen so far had known facts: τ would
                 stay at its first value for ever, in units of a reward model that nobody chose it for.
         """
         cfg = self.cfg
-        due = step > 1 and (step - 1) % cfg.every == 0
-        if due and cfg.kind is ThresholdKind.risk_controlled and self._unlabelled and not self._window:
+        if not self._learns or step <= 1 or (step - 1) % cfg.every:
+            return False
+        if self._by_risk and self._unlabelled and not self._window:
             raise DataError(
                 f"{self.key}.kind=risk_controlled learns from answers whose claims about a picture can be checked, but "
                 f"none of the {self._unlabelled} candidates so far has facts that a checker knows; use "
                 f"{self.key}.kind=quantile, fixed or off, or give the data facts (docs/hallucination.md)"
             )
-        if not due or len(self._window) < cfg.min_labelled:
+        if len(self._window) < cfg.min_labelled:
             return False
         scores = [one.score for one in self._window]
-        if cfg.kind is ThresholdKind.quantile:
-            self.value = float(np.quantile(scores, cfg.quantile))
-        elif cfg.kind is ThresholdKind.risk_controlled:
+        if self._by_risk:
             labels = [bool(one.bad) for one in self._window]
             found = risk_controlled(scores, labels, cfg.target_risk, cfg.confidence)
             self.controlled = found is not None
             self.value = self._fallback(scores, labels) if found is None else found
         else:
-            return False
+            self.value = float(np.quantile(scores, cfg.quantile))
         return True
 
     def _fallback(self, scores: list[float], labels: list[bool]) -> float:
@@ -208,11 +197,8 @@ class Threshold:
         return strictest(scores) if self.cfg.fallback is ThresholdFallback.strictest else math.inf
 
     def metrics(self, prefix: str = "threshold/") -> Metrics:
-        """What is defined of: ``tau`` (a finite one), ``controlled`` (``risk_controlled`` only: 1.0 if the last
-        calibration found a τ that keeps the target, 0.0 if the fallback or the first value holds), ``labelled``
-        (candidates of the window with a label), ``acceptance`` (share of the window that passes), ``risk`` (share of
-        bad ones among the labelled that pass, if any does) and ``risk_bound`` (its upper bound at ``cfg.confidence``,
-        1.0 if none passes). The last three are of the window as it is now, with what came after the last calibration.
+        """What is defined of ``tau``, ``controlled``, ``labelled``, ``acceptance``, ``risk`` and ``risk_bound``
+        (docs/metrics.md). The last three are of the window as it is now, with what came after the last calibration.
 
         ``risk_controlled`` chooses τ by labels, one of at most 20 thresholds that the scores alone decide. Its bound
         holds for all 20 at once (each has a twentieth of the error), hence for the chosen one. The bound of a τ fixed
@@ -225,15 +211,14 @@ class Threshold:
         metrics: Metrics = {f"{prefix}labelled": float(known)}
         if math.isfinite(self.value):
             metrics[f"{prefix}tau"] = self.value
-        if cfg.kind is ThresholdKind.risk_controlled:
+        if self._by_risk:
             metrics[f"{prefix}controlled"] = float(self.controlled)
         if self._window:
             metrics[f"{prefix}acceptance"] = len(passing) / len(self._window)
         if labels:
             metrics[f"{prefix}risk"] = sum(labels) / len(labels)
         if known:
-            by_labels = cfg.kind is ThresholdKind.risk_controlled
-            confidence = 1 - (1 - cfg.confidence) / LEVELS if by_labels else cfg.confidence
+            confidence = 1 - (1 - cfg.confidence) / LEVELS if self._by_risk else cfg.confidence
             metrics[f"{prefix}risk_bound"] = clopper_pearson_upper(sum(labels), len(labels), confidence)
         return metrics
 
@@ -248,8 +233,7 @@ class Threshold:
         one; else τ starts as the settings say."""
         self._window.clear()
         self.observe(Candidate(*one) for one in state["window"])
-        calibrated = self.cfg.kind in (ThresholdKind.quantile, ThresholdKind.risk_controlled)
-        if calibrated and state["kind"] == self.cfg.kind.value:
+        if self._learns and state["kind"] == self.cfg.kind.value:
             self.value = math.inf if state["value"] is None else state["value"]
             self.controlled = state["controlled"]
 

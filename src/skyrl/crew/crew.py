@@ -101,8 +101,8 @@ class Executor(Protocol):
         """Those that are ready within so many seconds, and the others. Moves no value."""
         ...
 
-    def fetch(self, promises: Sequence[Any], timeout: float) -> list[Any]:
-        """Their values.
+    def fetch(self, promises: Sequence[Any], timeout: float, waited: float = 0.0) -> list[Any]:
+        """Their values. ``waited``: seconds that went by already, for the message.
 
         Raises:
             SkyrlError: what a member raised; or which member died, or did not answer in time, in which call.
@@ -195,7 +195,7 @@ class Crew(Generic[R]):
         """
         _, pending = self.executor.poll(promises, self.timeout)
         if pending:
-            self.executor.fetch(pending, 0.0)
+            self.executor.fetch(pending, 0.0, waited=self.timeout)
 
     def poll(self, promises: Sequence[T], seconds: float) -> tuple[list[T], list[T]]:
         """Promises that are ready within so many seconds, and the others."""
@@ -267,7 +267,7 @@ class LocalExecutor:
     def poll(self, promises: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
         return list(promises), []
 
-    def fetch(self, promises: Sequence[Any], timeout: float) -> list[Any]:
+    def fetch(self, promises: Sequence[Any], timeout: float, waited: float = 0.0) -> list[Any]:
         return list(promises)
 
     def host(self, member: Member[Any]) -> str:

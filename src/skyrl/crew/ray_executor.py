@@ -87,13 +87,13 @@ class RayExecutor:
         done, pending = ray.wait(list(promises), num_returns=len(promises), timeout=seconds, fetch_local=False)
         return done, pending
 
-    def fetch(self, promises: Sequence[Any], timeout: float) -> list[Any]:
+    def fetch(self, promises: Sequence[Any], timeout: float, waited: float = 0.0) -> list[Any]:
         try:
             values: list[Any] = ray.get(list(promises), timeout=timeout)
         except ray.exceptions.GetTimeoutError as error:
             _, late = self.poll(promises, 0.0)
             calls = sorted({" ".join(self._calls.get(promise.hex(), ("", "a call"))) for promise in late})
-            raise SkyrlError(f"{', '.join(calls)} took longer than {self.setting}={timeout:g} s") from error
+            raise SkyrlError(f"{', '.join(calls)} took longer than {self.setting}={timeout + waited:g} s") from error
         except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
             cause = getattr(error, "cause", None) or error  # what the member raised, or what became of its input
             if isinstance(cause, ray.exceptions.RayActorError):
@@ -153,21 +153,18 @@ def ray_session(cfg: Config, namespace: str) -> Iterator[str]:
     address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
-        options |= {
-            "num_cpus": cfg.cluster.num_cpus,
-            "include_dashboard": cfg.cluster.dashboard,
-            "dashboard_port": cfg.cluster.dashboard_port,
-        }
+        # No port for the dashboard: Ray then takes the next free one where another run has its own.
+        options |= {"num_cpus": cfg.cluster.num_cpus, "include_dashboard": cfg.cluster.dashboard}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         context = ray.init(address=address or "local", **options)
     except Exception as error:
         # Ray's start-up time-out is a bare Exception.
-        if not isinstance(error, (ConnectionError, RuntimeError, ValueError)) and type(error) is not Exception:
+        if not isinstance(error, (OSError, RuntimeError, ValueError)) and type(error) is not Exception:
             raise
-        raise SkyrlError(
-            f"Ray could not be {'joined at ' + address if address else 'started here'}: {error}"
-        ) from error
+        advice = "; set TMPDIR to a shorter path" if "AF_UNIX" in str(error) else ""
+        how = f"joined at {address}" if address else "started here"
+        raise SkyrlError(f"Ray could not be {how}: {error}{advice}") from error
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler would end this process before the actors are taken down.
         for number, handler in handlers.items():

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from skyrl.records import DataError, Prompt
 from skyrl.settings import Config
 
-SOURCES = {"digits": "skyrl.digits.source:datasets", "parquet": "skyrl.data.parquet:datasets"}
+SOURCES = {"digits": "skyrl.digits.scenes:datasets", "parquet": "skyrl.data.parquet:datasets"}
 """``data.source`` → the function that makes its data sets. Imported when it is asked for."""
 
 
@@ -27,11 +27,8 @@ class PromptDataset(Protocol):
 def build_datasets(cfg: Config) -> dict[str, PromptDataset]:
     """Training and evaluation prompts, ``{"train": …, "eval": …}``, by the function of ``data.source``: one of
     :data:`SOURCES`, or ``package.module:function`` of your own that takes the :class:`Config` and returns such a
-    dictionary. Ids must differ over both. Cheap enough for every worker to call: no picture is decoded here.
-
-    Raises:
-        DataError: for a source that can't be imported or returns anything else, and whatever it says itself.
-    """
+    dictionary. Ids must differ over both. Cheap enough for every worker to call: no picture is decoded here. A source
+    that can't be imported or returns anything else is a :class:`DataError`; it may raise its own."""
     source = SOURCES.get(cfg.data.source, cfg.data.source)
     try:
         if ":" not in source:

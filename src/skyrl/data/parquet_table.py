@@ -1,21 +1,22 @@
-"""One Parquet file with texts and pictures: what prompts and preference pairs have in common."""
+"""One Parquet file: what prompts, preference pairs and the prompt pool have in common."""
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
+import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from skyrl.data.parquet_schema import WRITTEN, check_schema, is_empty, is_text, plain, short, where
 from skyrl.data.pictures import decode_picture
 from skyrl.records import DataError
 
@@ -23,8 +24,65 @@ ROWS_PER_GROUP = 64
 """Rows that :func:`write_rows` puts into one row group, the smallest part that can be read."""
 CACHED_BYTES = 256 * 2**20
 """Row groups with pictures that one table keeps in memory, at least one."""
-Names = Sequence[str]
-Rows = Iterable[dict[str, Any]]
+PICTURE_NAME = re.compile(r"image|img|picture|photo", re.IGNORECASE)
+"""What an unknown column is called that probably holds pictures."""
+
+
+class Kind(NamedTuple):
+    """What a column's cells are: as errors say it, whether a type can be read so, and the type that is written here."""
+
+    allowed: str
+    fits: Callable[[pa.DataType], bool]
+    written: pa.DataType
+
+
+def _is_text(found: pa.DataType) -> bool:
+    """True for strings of any layout, also dictionary-encoded (pandas' categories)."""
+    item = found.value_type if pa.types.is_dictionary(found) else found
+    return item in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_list(found: pa.DataType) -> bool:
+    return pa.types.is_list(found) or pa.types.is_large_list(found)
+
+
+def _is_pictures(found: pa.DataType) -> bool:
+    return _is_list(found) and (_is_text(found.value_type) or found.value_type in (pa.binary(), pa.large_binary()))
+
+
+def _is_empty(found: pa.DataType) -> bool:
+    """True for what pyarrow makes of a column of nulls or of empty lists."""
+    return pa.types.is_null(found.value_type if _is_list(found) else found)
+
+
+TEXT = Kind("string", _is_text, pa.string())
+WHOLE = Kind("integer", pa.types.is_integer, pa.int64())
+NUMBER = Kind("float or integer", lambda found: pa.types.is_floating(found) or pa.types.is_integer(found), pa.float64())
+PICTURES = Kind(
+    "list of binary (PNG or JPEG files) or list of string (paths of such files)", _is_pictures, pa.list_(pa.binary())
+)
+
+
+class Column(NamedTuple):
+    """What is known of a column: its kind, whether it must be there, and whether its cells may be null."""
+
+    kind: Kind = TEXT
+    required: bool = False
+    may_be_null: bool = False
+
+
+Columns = Mapping[str, Column]
+"""Name → column, in the order in which they are written. In every file ``id`` is a text, ``images`` has pictures."""
+
+
+def where(path: Path, row: int, column: str) -> str:
+    """How errors name a cell."""
+    return f"{path}, row {row}, column {column!r}"
+
+
+def short(value: Any) -> str:
+    """A cell's text as errors show it."""
+    return "null" if value is None else repr(value if len(value) <= 80 else value[:80] + "…")
 
 
 class ParquetTable:
@@ -32,10 +90,7 @@ class ParquetTable:
 
     Args:
         path: The file.
-        columns: Name of each known column → ``TEXT``, ``WHOLE``, ``NUMBER`` or ``PICTURES`` (that one is called
-            ``images``). Other columns are ignored.
-        required: Columns that must be there.
-        may_be_null: Columns that may be empty in a row.
+        columns: Those that are read. One that isn't there reads as nulls, ``id`` as ``<file name, no ending>/<row>``.
         limit: Use the first ``limit`` rows only.
 
     Raises:
@@ -43,125 +98,104 @@ class ParquetTable:
             nulls or empty texts, an id that comes twice, or a picture path without a file.
     """
 
-    def __init__(
-        self, path: Path, columns: Mapping[str, str], required: Names, may_be_null: Names, limit: int | None = None
-    ) -> None:
-        self.path = path
+    def __init__(self, path: Path, columns: Columns, limit: int | None = None) -> None:
+        self.path, self.columns = path, columns
         try:
-            self._file = pq.ParquetFile(self.path, memory_map=True)
+            self._file = pq.ParquetFile(path, memory_map=True)
             schema = self._file.schema_arrow
             self.metadata: dict[bytes, bytes] = schema.metadata or {}
-            check_schema(self.path, schema, columns, required, may_be_null)
-            names = [name for name in columns if name in schema.names and not is_empty(schema.field(name).type)]
-            self._has_pictures = "images" in names
-            self._paths = self._has_pictures and is_text(schema.field("images").type.value_type)
+            _check_schema(path, schema, columns)
+            present = [name for name in columns if name in schema.names and not _is_empty(schema.field(name).type)]
             # Picture bytes stay in the file; paths are short.
-            loaded = names if self._paths else [name for name in names if name != "images"]
+            self._holds_pictures = "images" in present and not _is_text(schema.field("images").type.value_type)
+            loaded = [name for name in present if name != "images" or not self._holds_pictures]
             table = self._file.read(columns=loaded).slice(0, limit)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.path}: not a readable Parquet file: {error}") from error
-        self._table = pa.table({name: plain(columns[name], table.column(name)) for name in loaded})
-        counts = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
-        self._group_ends = np.cumsum(counts)
+            raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+        cells: dict[str, Any] = {name: pa.nulls(len(table)) for name in (*columns, "images")}
+        if "id" not in loaded:
+            cells["id"] = [f"{path.stem}/{row}" for row in range(len(table))]
+        self._table = pa.table(cells | {name: _plain(columns[name].kind, table.column(name)) for name in loaded})
+        groups = range(self._file.num_row_groups)
+        self._group_ends = np.cumsum([self._file.metadata.row_group(group).num_rows for group in groups])
         self.groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         """Row groups of pictures in memory, the last used one at the end."""
-        self._check_rows([name for name in loaded if name not in may_be_null])
+        self._check_rows([name for name in loaded if not columns[name].may_be_null])
 
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def require(self, row: int) -> None:
-        """Raise :class:`DataError` if there is no such row."""
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Column → cell of a row; ``images`` is a tuple of decoded pictures, uint8 [height, width, 3] each. A row that
+        isn't there and a picture that can't be decoded are a :class:`DataError`."""
         if not 0 <= row < len(self):
             raise DataError(f"{self.path}: row {row} does not exist; it has {len(self)} rows")
-
-    def ids(self) -> list[str]:
-        """The ids of all rows, in order."""
-        return self.column("id") if "id" in self._table.column_names else [self.id(row) for row in range(len(self))]
-
-    def id(self, row: int) -> str:
-        """The row's own id, or ``<file name without ending>/<row>``."""
-        return self.value("id", row) if "id" in self._table.column_names else f"{self.path.stem}/{row}"
+        stored = self._stored_pictures(row) if self._holds_pictures else self.value("images", row)
+        images = tuple(self._picture(row, place, one) for place, one in enumerate(stored or []))
+        return {name: self.value(name, row) for name in self.columns} | {"images": images}
 
     def value(self, column: str, row: int) -> Any:
-        """A cell that isn't a picture; ``None`` if it is null or the column isn't there."""
-        return self._table.column(column)[row].as_py() if column in self._table.column_names else None
+        """A cell that isn't a picture; ``None`` if it is null."""
+        return self._table.column(column)[row].as_py()
 
     def column(self, name: str) -> list[Any]:
-        """All cells of a column that is there."""
+        """All cells of a column, in order."""
         return self._table.column(name).to_pylist()
-
-    # ------------------------------------------------------------ pictures
-
-    def pictures(self, row: int) -> Iterator[np.ndarray]:
-        """The pictures of a row, uint8 [height, width, 3] each.
-
-        Raises:
-            DataError: if one can't be decoded.
-        """
-        if not self._has_pictures:
-            return
-        stored = self.value("images", row) if self._paths else self._stored_pictures(row)
-        for place, one in enumerate(stored or []):
-            at = f"{where(self.path, row, 'images')}, picture {place}"
-            if one is None:
-                raise DataError(f"{at}: got null; allowed: a picture, or a null instead of the whole list")
-            try:
-                content = (self.path.parent / one).read_bytes() if self._paths else one
-            except OSError as error:
-                raise DataError(f"{at}: {error}") from error
-            yield decode_picture(content, f"{at} ({one})" if self._paths else at)
-
-    def _stored_pictures(self, row: int) -> list[bytes] | None:
-        group = int(np.searchsorted(self._group_ends, row, side="right"))
-        if group in self.groups:
-            self.groups.move_to_end(group)
-        else:
-            try:
-                self.groups[group] = self._file.read_row_group(group, columns=["images"]).column("images")
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(f"{where(self.path, row, 'images')}: can't be read: {error}") from error
-            while len(self.groups) > 1 and sum(part.nbytes for part in self.groups.values()) > CACHED_BYTES:
-                self.groups.popitem(last=False)
-        start = int(self._group_ends[group - 1]) if group else 0
-        return self.groups[group][row - start].as_py()
-
-    # ------------------------------------------------------------ checks
 
     def each(self, column: str, check: Callable[[int, Any], object]) -> None:
         """Call ``check(row, value)`` for each value that isn't null, and name the row if it raises."""
-        for row, value in enumerate(self.column(column) if column in self._table.column_names else ()):
+        for row, value in enumerate(self.column(column)):
             try:
                 if value is not None:
                     check(row, value)
             except DataError as error:
                 raise DataError(f"{where(self.path, row, column)}: {error}") from error
 
+    def _picture(self, row: int, place: int, stored: bytes | str | None) -> np.ndarray:
+        at = f"{where(self.path, row, 'images')}, picture {place}"
+        if stored is None:
+            raise DataError(f"{at}: got null; allowed: a picture, or a null instead of the whole list")
+        if isinstance(stored, bytes):
+            return decode_picture(stored, at)
+        try:
+            return decode_picture((self.path.parent / stored).read_bytes(), f"{at} ({stored})")
+        except OSError as error:
+            raise DataError(f"{at}: {error}") from error
+
+    def _stored_pictures(self, row: int) -> list[bytes] | None:
+        group = int(np.searchsorted(self._group_ends, row, side="right"))
+        if group not in self.groups:
+            try:
+                self.groups[group] = self._file.read_row_group(group, columns=["images"]).column("images")
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(f"{where(self.path, row, 'images')}: can't be read: {error}") from error
+        self.groups.move_to_end(group)
+        while len(self.groups) > 1 and sum(part.nbytes for part in self.groups.values()) > CACHED_BYTES:
+            self.groups.popitem(last=False)
+        start = int(self._group_ends[group - 1]) if group else 0
+        return self.groups[group][row - start].as_py()
+
     def _check_rows(self, needed: list[str]) -> None:
         if not len(self):
             raise DataError(f"{self.path}: got 0 rows; allowed: 1 or more")
         for name in needed:
-            column = self._table.column(name)
-            text = pa.types.is_large_string(column.type)
+            column, text = self._table.column(name), self.columns[name].kind is TEXT
             self._refuse(name, pc.is_null(column), "a text" if text else "a number")
             if text:
                 self._refuse(name, pc.equal(pc.utf8_trim_whitespace(column), ""), "a text that isn't empty")
-        if "id" in self._table.column_names:
-            first: dict[str, int] = {}
-            for row, name in enumerate(self.ids()):
-                if first.setdefault(name, row) != row:
-                    at = where(self.path, row, "id")
-                    also = f"which is also that of row {first[name]}"
-                    raise DataError(f"{at}: got {short(name)}, {also}; allowed: unique ids")
-        if self._paths:
-            self.each("images", self._check_paths)
+        first: dict[str, int] = {}
+        for row, name in enumerate(self.column("id")):
+            if first.setdefault(name, row) != row:
+                also = f"which is also that of row {first[name]}"
+                raise DataError(f"{where(self.path, row, 'id')}: got {short(name)}, {also}; allowed: unique ids")
+        self.each("images", self._check_paths)
 
     def _refuse(self, column: str, mask: pa.ChunkedArray, allowed: str) -> None:
         rows = np.flatnonzero(mask.to_numpy())
         if len(rows):
-            got = self.value(column, int(rows[0]))
-            more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
-            raise DataError(f"{where(self.path, int(rows[0]), column)}: got {short(got)}; allowed: {allowed}{more}")
+            row, more = int(rows[0]), f" ({len(rows)} such rows)" if len(rows) > 1 else ""
+            got = short(self.value(column, row))
+            raise DataError(f"{where(self.path, row, column)}: got {got}; allowed: {allowed}{more}")
 
     def _check_paths(self, row: int, paths: list[str | None]) -> None:
         for place, path in enumerate(paths):
@@ -171,23 +205,48 @@ class ParquetTable:
                 raise DataError(f"picture {place}: got {path!r}, and {self.path.parent} has no such file")
 
 
+def _plain(kind: Kind, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text and numbers of any layout as the one layout that every pyarrow function takes; others as they are."""
+    return column if kind is PICTURES else column.cast(pa.large_string() if kind is TEXT else kind.written)
+
+
+def _check_schema(path: Path, schema: pa.Schema, columns: Columns) -> None:
+    """Check that the required columns are there, that all known ones have a type that can be read, and that no other's
+    name looks like a misspelt known one, or like pictures where there is no column ``images``."""
+    required = [name for name, column in columns.items() if column.required]
+    for name in required:
+        if name not in schema.names:
+            needed = f"got {', '.join(schema.names)}; needed: {', '.join(required)}"
+            raise DataError(f"{path}: column {name!r} is missing; {needed}")
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: column {name!r} comes twice")
+        found, known = schema.field(name).type, columns.get(name)
+        if known is not None:
+            if not known.kind.fits(found) and not (known.may_be_null and _is_empty(found)):
+                raise DataError(f"{path}: column {name!r}: got type {found}; allowed: {known.kind.allowed}")
+        elif close := difflib.get_close_matches(name, set(columns) - set(schema.names), n=1, cutoff=0.8):
+            raise DataError(f"{path}: column {name!r} is unknown; did you mean {close[0]!r}? Rename or remove it")
+        elif "images" not in schema.names and PICTURE_NAME.search(name) and not pa.types.is_primitive(found):
+            # Ignoring it would make a picture data set a text data set without a word.
+            raise DataError(
+                f"{path}: column {name!r} looks like pictures, which are read from a column 'images' only: "
+                f"{PICTURES.allowed}. Write it so, or remove it"
+            )
+
+
 def write_rows(
-    path: str | Path,
-    columns: Mapping[str, str],
-    rows: Rows,
-    repeated: Names,
-    metadata: Mapping[bytes, str] | None = None,
+    path: str | Path, columns: Columns, rows: Iterable[dict[str, Any]], metadata: Mapping[bytes, str] | None = None
 ) -> None:
     """Write rows (column → cell; pictures are PNG or JPEG files as bytes) as :class:`ParquetTable` reads them, with
-    ``metadata``. The file appears when it is complete; only 64 rows are held in memory at a time. Cells of the text
-    columns ``repeated`` are often the same.
-    """
+    ``metadata``. The file appears when it is complete; only 64 rows are held in memory at a time."""
     path = Path(path)
-    schema = pa.schema([(name, WRITTEN[kind]) for name, kind in columns.items()], metadata)
+    schema = pa.schema([(name, column.kind.written) for name, column in columns.items()], metadata)
+    repeated = [name for name in ("verifier", "kind") if name in columns]  # the same few texts in most rows
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         # Pictures are compressed already, and plain columns can be read straight from the memory map.
-        with pq.ParquetWriter(part, schema, compression="none", use_dictionary=list(repeated)) as writer:
+        with pq.ParquetWriter(part, schema, compression="none", use_dictionary=repeated) as writer:
             rest = iter(rows)
             while some := list(itertools.islice(rest, ROWS_PER_GROUP)):
                 writer.write_table(pa.Table.from_pylist(some, schema))
@@ -196,15 +255,18 @@ def write_rows(
         part.unlink(missing_ok=True)
 
 
-def check_files(files: list[str], module: str, check: Callable[[str], str]) -> int:
-    """Print what ``check(file)`` says of each file; the exit status is 1 if one is broken, 2 without files."""
+def check_files(files: list[str], module: str, things: str, opened: Callable[[str], ParquetTable]) -> int:
+    """Check whole files, pictures too: print how many ``things`` each holds, or what is wrong with it. Returns the exit
+    status of ``python -m module FILE…``: 1 if a file is broken, 2 without files."""
     if not files:
         print(f"usage: python -m {module} FILE…", file=sys.stderr)
         return 2
     status = 0
     for file in files:
         try:
-            print(f"{file}: {check(file)}, no errors")
+            table = opened(file)
+            pictures = sum(len(table[row]["images"]) for row in range(len(table)))
+            print(f"{file}: {len(table)} {things} with {pictures} pictures, no errors")
         except DataError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1

@@ -18,19 +18,11 @@ WIDE_MODES = ("I", "F")
 
 
 def decode_picture(content: bytes, where: str) -> np.ndarray:
-    """Decode a PNG or JPEG file.
-
-    A camera's orientation tag is applied. Transparent pixels are shown on white, as a page would show them.
-
-    Args:
-        content: The file's bytes.
-        where: How an error names the picture.
-
-    Returns:
-        uint8 [height, width, 3], RGB.
+    """The RGB picture, uint8 [height, width, 3], that the bytes of a PNG or JPEG file hold. A camera's orientation tag
+    is applied, and transparent pixels are shown on white, as a page would show them.
 
     Raises:
-        DataError: for other formats, broken files and more than 8 bits per channel.
+        DataError: naming the picture by ``where``, for other formats, broken files, more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
@@ -43,18 +35,13 @@ def decode_picture(content: bytes, where: str) -> np.ndarray:
             return np.array(picture.convert("RGB"))
     # What Pillow's readers raise for broken files, between them.
     except (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        begin = content[:8]
-        raise DataError(
-            f"{where}: got {len(content)} bytes that begin with {begin!r}; allowed: a PNG or JPEG file ({error})"
-        ) from error
+        got = f"{len(content)} bytes that begin with {content[:8]!r}"
+        raise DataError(f"{where}: got {got}; allowed: a PNG or JPEG file ({error})") from error
 
 
 def encode_png(picture: np.ndarray, where: str) -> bytes:
-    """A PNG file of an RGB picture, uint8 [height, width, 3]; decoding gives the same array.
-
-    Raises:
-        DataError: for another type or shape.
-    """
+    """A PNG file of an RGB picture, uint8 [height, width, 3]; decoding gives the same array. Another type or shape is a
+    :class:`DataError`, which names it by ``where``."""
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
         raise DataError(f"{where}: got a picture of {picture.dtype} {list(picture.shape)}; allowed: uint8 [h, w, 3]")
     file = io.BytesIO()
@@ -69,10 +56,8 @@ def mask_picture(picture: np.ndarray, prompt_id: str, share: float, patch: int) 
         picture: uint8 [height, width, 3].
         prompt_id: Seeds the choice of patches.
         share: Probability, 0 … 1, with which each patch is black.
-        patch: Side of a patch, pixels, at least 1; those at the right and lower edge may be cut.
-
-    Raises:
-        ValueError: for another share or patch.
+        patch: Side of a patch, pixels, at least 1; those at the right and lower edge may be cut. Another share or patch
+            is a :class:`ValueError`.
     """
     if not 0 <= share <= 1 or patch < 1:
         raise ValueError(f"share is {share}, patch {patch}; allowed: 0 … 1, and 1 or more")

@@ -15,15 +15,20 @@ from typing import Any
 import numpy as np
 
 from skyrl.data.datasets import PromptDataset
-from skyrl.data.parquet_schema import NUMBER, TEXT, WHOLE
-from skyrl.data.parquet_table import ParquetTable, write_rows
+from skyrl.data.parquet_table import NUMBER, WHOLE, Column, ParquetTable, write_rows
 from skyrl.records import DataError, SampleGroup
 from skyrl.settings import DataConfig
 
-COLUMNS = {"row": WHOLE, "id": TEXT, "kind": TEXT, "samples": WHOLE, "errors": WHOLE}
-COLUMNS |= dict.fromkeys(("pass_rate", "mean_reward", "hallucination_rate"), NUMBER)
-REQUIRED = ("row", "id", "pass_rate")
-MAY_BE_NULL = ("pass_rate", "mean_reward", "hallucination_rate")
+COLUMNS = {
+    "row": Column(WHOLE, required=True),
+    "id": Column(required=True),
+    "kind": Column(),
+    "samples": Column(WHOLE),
+    "errors": Column(WHOLE),
+    "pass_rate": Column(NUMBER, required=True, may_be_null=True),
+    "mean_reward": Column(NUMBER, may_be_null=True),
+    "hallucination_rate": Column(NUMBER, may_be_null=True),
+}
 METADATA = b"skyrl"
 """Key of the file's metadata, a JSON object."""
 COMPARED_IDS = 256
@@ -77,14 +82,10 @@ def write_pool(
         rows: in any order.
         data, dataset: the training data, of which the rows were rolled out.
         **origin: how the pool was made (policy folder, G, temperature, seed), kept in the file's metadata as JSON.
-
-    Raises:
-        OSError: if it can't be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = {"rows": len(dataset), "data": _identity(data, dataset), **origin}
-    write_rows(path, COLUMNS, map(dataclasses.asdict, rows), ("kind",), {METADATA: json.dumps(made)})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    metadata = {METADATA: json.dumps(_identity(data, dataset) | origin)}
+    write_rows(path, COLUMNS, map(dataclasses.asdict, rows), metadata)
 
 
 def pool_rows(path: str | Path, data: DataConfig, dataset: PromptDataset) -> np.ndarray:
@@ -103,24 +104,46 @@ def pool_rows(path: str | Path, data: DataConfig, dataset: PromptDataset) -> np.
         DataError: if the file is no pool, or is broken; if it was made from other data (number of rows, source,
             identity or an id differs); or if no prompt is within the limits.
     """
-    table = ParquetTable(Path(path), COLUMNS, REQUIRED, MAY_BE_NULL)
-    _check_data(table, data, dataset)
+    table = ParquetTable(Path(path), COLUMNS)
+    if METADATA not in table.metadata:
+        raise DataError(f"{path}: not a prompt pool; python -m skyrl.filter_prompts writes one")
+    made, now = json.loads(table.metadata[METADATA]), _identity(data, dataset)
+    if {key: made.get(key) for key in now} != now:
+        raise DataError(
+            f"{path}: made from other data ({made.get('rows')} rows of {made.get('data')}; this run: "
+            f"{now['rows']} rows of {now['data']}); run python -m skyrl.filter_prompts with this run's settings"
+        )
     rows = np.array(table.column("row"))
     if len(np.unique(rows)) < len(rows) or not 0 <= rows.min() <= rows.max() < len(dataset):
-        raise DataError(
-            f"{path}: column 'row' has repeats or is out of range; allowed: each of 0 … {len(dataset) - 1} once"
-        )
+        allowed = f"each of 0 … {len(dataset) - 1} once"
+        raise DataError(f"{path}: column 'row' has repeats or is out of range; allowed: {allowed}")
     _check_ids(table, rows, dataset)
     rates = np.array(table.column("pass_rate"), dtype=float)  # null becomes nan, which is in no interval
     chosen = (rates > data.pool_min) & (rates < data.pool_max)
     if not chosen.any():
-        raise DataError(
-            f"{path}: no prompt has a pass rate above {data.pool_min} and below {data.pool_max}: {spread(rates)}"
-        )
+        limits = f"above {data.pool_min} and below {data.pool_max}"
+        raise DataError(f"{path}: no prompt has a pass rate {limits}: {_spread(rates)}")
     return np.sort(rows[chosen]).astype(np.int64)
 
 
-def spread(rates: np.ndarray) -> str:
+def _identity(data: DataConfig, dataset: PromptDataset) -> dict[str, Any]:
+    """What decides which prompt a row is, besides the ids."""
+    return {"rows": len(dataset), "data": {"source": data.source, **getattr(dataset, "identity", dict)()}}
+
+
+def _check_ids(table: ParquetTable, rows: np.ndarray, dataset: PromptDataset) -> None:
+    """All ids of a data set that can list them; else those of some rows, because making a prompt may cost a picture."""
+    own = dataset.ids() if hasattr(dataset, "ids") else None
+    some = np.linspace(0, len(rows) - 1, len(rows) if own is not None else min(len(rows), COMPARED_IDS)).astype(int)
+    for place in some.tolist():
+        row = int(rows[place])
+        pooled, real = table.value("id", place), own[row] if own is not None else dataset[row].id
+        if pooled != real:
+            other = f"row {row} is {pooled!r}, in the training data it is {real!r}"
+            raise DataError(f"{table.path}: {other}: made from other data")
+
+
+def _spread(rates: np.ndarray) -> str:
     """The distribution of pass rates float [n] (``nan``: not scored) in a sentence."""
     known = rates[~np.isnan(rates)]
     text = (
@@ -131,32 +154,3 @@ def spread(rates: np.ndarray) -> str:
         low, middle, high = np.quantile(known, [0.25, 0.5, 0.75])
         text += f"; quartiles of the pass rate {low:.2f}, {middle:.2f}, {high:.2f}"
     return text
-
-
-def _identity(data: DataConfig, dataset: PromptDataset) -> dict[str, Any]:
-    """What decides which prompt a row is, besides the number of rows and the ids."""
-    return {"source": data.source, **getattr(dataset, "identity", dict)()}
-
-
-def _check_data(table: ParquetTable, data: DataConfig, dataset: PromptDataset) -> None:
-    if METADATA not in table.metadata:
-        raise DataError(f"{table.path}: not a prompt pool; python -m skyrl.filter_prompts writes one")
-    made, now = json.loads(table.metadata[METADATA]), {"rows": len(dataset), "data": _identity(data, dataset)}
-    if {key: made.get(key) for key in now} != now:
-        raise DataError(
-            f"{table.path}: made from other data ({made.get('rows')} rows of {made.get('data')}; this run: "
-            f"{now['rows']} rows of {now['data']}); run python -m skyrl.filter_prompts with this run's settings"
-        )
-
-
-def _check_ids(table: ParquetTable, rows: np.ndarray, dataset: PromptDataset) -> None:
-    """All ids of a data set that can list them; else those of some rows, because making a prompt may cost a picture."""
-    own = dataset.ids() if hasattr(dataset, "ids") else None
-    some = np.linspace(0, len(rows) - 1, len(rows) if own is not None else min(len(rows), COMPARED_IDS)).astype(int)
-    for place in some.tolist():
-        row = int(rows[place])
-        pooled, real = table.id(place), own[row] if own is not None else dataset[row].id
-        if pooled != real:
-            raise DataError(
-                f"{table.path}: row {row} is {pooled!r}, in the training data it is {real!r}: made from other data"
-            )

@@ -1,7 +1,6 @@
-"""Your own preference pairs, from a Parquet file, for offline MPO; ``docs/data.md`` has the columns and an example.
-
-Text is checked completely when the file is opened, pictures are decoded when their row is asked for. Check those too,
-before a long run, with::
+"""Your own preference pairs for offline MPO, from a Parquet file; ``docs/data.md`` has the columns and an example. Text
+is checked completely when the file is opened, pictures are decoded when their row is asked for. To check those too,
+before a long run::
 
     python -m skyrl.data.preference_pairs FILE…
 """
@@ -17,18 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skyrl.data.parquet_schema import NUMBER, PICTURES, TEXT, short, where
-from skyrl.data.parquet_table import ParquetTable, check_files, write_rows
+from skyrl.data.parquet_table import NUMBER, PICTURES, Column, ParquetTable, check_files, short, where, write_rows
 from skyrl.data.pictures import encode_png
 from skyrl.records import DataError, Prompt
 
 if TYPE_CHECKING:
     from skyrl.policy.encode import PromptEncoder
 
-PAIR_COLUMNS = dict.fromkeys(("id", "question", "chosen", "rejected", "kind"), TEXT)
-PAIR_COLUMNS |= {"margin": NUMBER, "images": PICTURES}
-PAIR_REQUIRED = ("question", "chosen", "rejected")
-PAIR_MAY_BE_NULL = ("kind", "margin", "images")
+PAIR_COLUMNS = {
+    "id": Column(),
+    "question": Column(required=True),
+    "chosen": Column(required=True),
+    "rejected": Column(required=True),
+    "kind": Column(may_be_null=True),
+    "margin": Column(NUMBER, may_be_null=True),
+    "images": Column(PICTURES, may_be_null=True),
+}
 ENCODED_TOGETHER = 1024
 
 
@@ -46,20 +49,16 @@ class TextPair:
 
 
 class ParquetPairs:
-    """Random access to the pairs of one Parquet file. Other columns are ignored.
-
-    Args:
-        path: The file.
+    """Random access to the pairs of one Parquet file. It reads :data:`PAIR_COLUMNS` and ignores others.
 
     Raises:
-        DataError: naming file, row and column, for a missing or unreadable file, missing columns, wrong types, nulls
-            or empty texts, an id that comes twice, two equal answers, an infinite margin, or a picture path without
-            a file.
+        DataError: naming file, row and column, as :class:`ParquetTable`, and for two equal answers and an infinite
+            margin.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.table = ParquetTable(self.path, PAIR_COLUMNS, PAIR_REQUIRED, PAIR_MAY_BE_NULL)
+        self.table = ParquetTable(self.path, PAIR_COLUMNS)
         self.table.each("rejected", self._check_difference)
         self.table.each("margin", _check_margin)
 
@@ -67,30 +66,18 @@ class ParquetPairs:
         return len(self.table)
 
     def __getitem__(self, row: int) -> TextPair:
-        """Row ``row`` with decoded pictures.
-
-        Raises:
-            DataError: if there is no such row, or if a picture can't be decoded.
-        """
-        table = self.table
-        table.require(row)
-        margin = table.value("margin", row)
-        prompt = self._prompt(row, tuple(table.pictures(row)), table.value("kind", row) or "default")
-        unknown = margin is None or math.isnan(margin)
-        return TextPair(
-            prompt, table.value("chosen", row), table.value("rejected", row), None if unknown else float(margin)
-        )
-
-    def _prompt(self, row: int, images: tuple[np.ndarray, ...] = (), kind: str = "default") -> Prompt:
+        """Row ``row`` with decoded pictures; :class:`DataError` if it isn't there, or one can't be decoded."""
+        cells = self.table[row]
+        kind, margin = cells["kind"] or "default", cells["margin"]
         # Its variant keeps it apart from a data set's prompt of the same id, which may have other pictures.
-        return Prompt(self.table.id(row), self.table.value("question", row), images, "", "exact", kind, variant="pair")
+        prompt = Prompt(cells["id"], cells["question"], cells["images"], "", "exact", kind, variant="pair")
+        unknown = margin is None or math.isnan(margin)
+        return TextPair(prompt, cells["chosen"], cells["rejected"], None if unknown else margin)
 
     def check_tokens(
         self, encoder: PromptEncoder, max_prompt_tokens: int | None = None, max_answer_tokens: int | None = None
     ) -> None:
-        """Encode every text once, to find what the learner could not take.
-
-        Pictures are not opened: their placeholders do not count here.
+        """Encode every text once, to find what the learner could not take. Pictures' placeholders are not counted.
 
         Args:
             encoder: The policy's.
@@ -98,8 +85,7 @@ class ParquetPairs:
             max_answer_tokens: Longest answer, its end included; ``None`` for any.
 
         Raises:
-            DataError: naming file, row and column, for a text that is too long, an answer with a special token, or a
-                question with one.
+            DataError: naming file, row and column, for a text that is too long or has a special token.
         """
         # The policy can't say these, so their log-probability is -inf; and an end in the middle is no end.
         special = np.array([*encoder.forbidden_token_ids(), *encoder.stop_token_ids])
@@ -113,9 +99,9 @@ class ParquetPairs:
                         token = encoder.tokenizer.convert_ids_to_tokens(int(found[0]))
                         raise DataError(f"{at}: got the special token {token!r}; allowed: plain text, the end is added")
                     _check_length(len(ids), max_answer_tokens, at)
-        for row in range(len(self)):
-            length = len(encoder.text_ids(self._prompt(row)))
-            _check_length(length, max_prompt_tokens, where(self.path, row, "question"))
+        for row, question in enumerate(self.table.column("question")):
+            prompt = Prompt(self.table.value("id", row), question, (), "", "exact")
+            _check_length(len(encoder.text_ids(prompt)), max_prompt_tokens, where(self.path, row, "question"))
 
     def _check_difference(self, row: int, rejected: str) -> None:
         if rejected == self.table.value("chosen", row):
@@ -123,27 +109,20 @@ class ParquetPairs:
 
 
 def write_pairs(path: str | Path, pairs: Iterable[TextPair]) -> None:
-    """Write pairs as :class:`ParquetPairs` reads them, pictures as PNG files inside.
-
-    The file appears when it is complete. Only 64 pairs are held in memory at a time.
+    """Write pairs as :class:`ParquetPairs` reads them, pictures as PNG files inside. The file appears when it is
+    complete. Only 64 pairs are held in memory at a time.
 
     Raises:
         DataError: for a picture that isn't uint8 [height, width, 3].
     """
-    write_rows(path, PAIR_COLUMNS, map(_as_row, pairs), repeated=("kind",))
+    write_rows(path, PAIR_COLUMNS, map(_as_row, pairs))
 
 
 def _as_row(pair: TextPair) -> dict[str, Any]:
     prompt = pair.prompt
-    return {
-        "id": prompt.id,
-        "question": prompt.question,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "kind": prompt.kind,
-        "margin": pair.margin,
-        "images": [encode_png(picture, f"pair {prompt.id!r}") for picture in prompt.images],
-    }
+    texts = {"id": prompt.id, "question": prompt.question, "chosen": pair.chosen, "rejected": pair.rejected}
+    images = [encode_png(picture, f"pair {prompt.id!r}") for picture in prompt.images]
+    return texts | {"kind": prompt.kind, "margin": pair.margin, "images": images}
 
 
 def _check_margin(row: int, margin: float) -> None:
@@ -156,15 +135,9 @@ def _check_length(length: int, limit: int | None, at: str) -> None:
         raise DataError(f"{at}: got {length} tokens; allowed: up to {limit}")
 
 
-def _describe(file: str) -> str:
-    pairs = ParquetPairs(file)
-    pictures = sum(len(pairs[row].prompt.images) for row in range(len(pairs)))
-    return f"{len(pairs)} pairs with {pictures} pictures"
-
-
 def main(files: list[str]) -> int:
-    """Check whole files, pictures too; the exit status is 1 if one is broken."""
-    return check_files(files, "skyrl.data.preference_pairs", _describe)
+    """Check whole files; the exit status is 1 if one is broken, 2 without files."""
+    return check_files(files, "skyrl.data.preference_pairs", "pairs", lambda file: ParquetPairs(file).table)
 
 
 if __name__ == "__main__":

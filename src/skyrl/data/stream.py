@@ -17,15 +17,7 @@ class PromptStream:
 
     Args:
         size: Rows of the data set, 1 or more.
-        seed: Seed of the shuffling, 0 or more.
-
-    Raises:
-        DataError: if ``size`` or ``seed`` is out of range.
-
-    Example::
-
-        stream = PromptStream(size=5, seed=0)
-        stream.take(3)  # three different rows of 0 … 4
+        seed: Seed of the shuffling, 0 or more. What is out of range is a :class:`DataError`.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -35,11 +27,8 @@ class PromptStream:
         self._begin(epoch=0, position=0, taken=(), head=0)
 
     def take(self, n: int) -> tuple[int, ...]:
-        """The next ``n`` row numbers. No row comes twice, unless ``n`` is more than ``size``.
-
-        Raises:
-            DataError: if ``n`` is negative.
-        """
+        """The next ``n`` row numbers. No row comes twice, unless ``n`` is more than ``size``. A negative ``n`` is a
+        :class:`DataError`."""
         if n < 0:
             raise DataError(f"the prompt stream was asked for {n} rows; allowed: 0 or more")
         rows: list[int] = []
@@ -59,13 +48,9 @@ class PromptStream:
         return state | {"taken": list(self._taken), "head": self._head}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position.
-
-        Raises:
-            DataError: if the state was saved for another number of rows or another seed, or is incomplete or out of
-                range; the stream is unchanged then.
-        """
-        own = self.state_dict()
+        """Go to a saved position. One of another number of rows or another seed, or that is incomplete or out of range,
+        is a :class:`DataError` and changes nothing."""
+        own, size = self.state_dict(), self.size
         if state.keys() != own.keys():
             raise DataError(f"state of the prompt stream has {sorted(state)}; allowed: exactly {sorted(own)}")
         for name in ("size", "seed"):
@@ -74,11 +59,11 @@ class PromptStream:
                     f"the saved prompt stream has {name} {state[name]}, this run {own[name]}; a run can only go on "
                     "with the same data and data.seed. Start a new run from the exported policy to train on other data"
                 )
-        taken, head = tuple(state["taken"]), state["head"]
-        fits = state["epoch"] >= 0 and 0 <= state["position"] <= self.size
-        if not (fits and head >= 0 and len(taken) + head <= self.size and all(0 <= row < self.size for row in taken)):
-            raise DataError(f"state of the prompt stream is out of range for {self.size} rows: {state}")
-        self._begin(state["epoch"], state["position"], taken, head)
+        epoch, position, taken, head = state["epoch"], state["position"], tuple(state["taken"]), state["head"]
+        fits = epoch >= 0 and 0 <= position <= size and 0 <= head <= size - len(taken)
+        if not (fits and all(0 <= row < size for row in taken)):
+            raise DataError(f"state of the prompt stream is out of range for {size} rows: {state}")
+        self._begin(epoch, position, taken, head)
 
     def _begin(self, epoch: int, position: int, taken: tuple[int, ...], head: int) -> None:
         """Set up an epoch: its first ``head`` rows are none of ``taken``."""

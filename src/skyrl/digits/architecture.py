@@ -10,15 +10,13 @@ from typing import Any
 
 from skyrl.digits.scenes import FORM, SCENE_PIXELS, DigitScenes
 from skyrl.digits.settings import MAX_POSITIONS
+from skyrl.policy.encode import TAGS
 
 PATCH = 8
 SCALE = 2
 IMAGE_TOKENS = (SCENE_PIXELS // PATCH // SCALE) ** 2
 
 SPECIAL = ["<pad>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"]
-ROLES = ["<user>", "<assistant>"]
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-"""Ordinary tokens on purpose: as special ones they would be stripped on decoding and every reward would be 0."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>"
@@ -52,7 +50,8 @@ def build_tokenizer() -> Any:
     )
     core.train_from_iterator(corpus, trainer)
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in ROLES + TAGS])
+    ordinary = ["<user>", "<assistant>", *TAGS]  # special tags would be stripped when decoded, and no answer be right
+    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in ordinary])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -67,11 +66,8 @@ def build_processor() -> Any:
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
-    pictures = Idefics3ImageProcessorPil(
-        do_image_splitting=False,
-        size={"longest_edge": SCENE_PIXELS},
-        max_image_size={"longest_edge": SCENE_PIXELS},
-    )
+    size = {"longest_edge": SCENE_PIXELS}
+    pictures = Idefics3ImageProcessorPil(do_image_splitting=False, size=size, max_image_size=size)
     return Idefics3Processor(pictures, build_tokenizer(), image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE)
 
 
@@ -79,7 +75,7 @@ def build_config(tokenizer: Any) -> Any:
     """Configuration of the embedded policy for this tokenizer."""
     from transformers import Idefics3Config, Idefics3VisionConfig, LlamaConfig
 
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    pad, end, image = tokenizer.convert_tokens_to_ids(["<pad>", "<end_of_utterance>", "<image>"])
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -88,9 +84,9 @@ def build_config(tokenizer: Any) -> Any:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_POSITIONS,
-        pad_token_id=ids["<pad>"],
+        pad_token_id=pad,
         bos_token_id=None,
-        eos_token_id=ids["<end_of_utterance>"],
+        eos_token_id=end,
         tie_word_embeddings=True,
     )
     vision = Idefics3VisionConfig(
@@ -105,10 +101,10 @@ def build_config(tokenizer: Any) -> Any:
         text_config=text.to_dict(),
         vision_config=vision.to_dict(),
         scale_factor=SCALE,
-        image_token_id=ids["<image>"],
-        pad_token_id=ids["<pad>"],
+        image_token_id=image,
+        pad_token_id=pad,
         tie_word_embeddings=True,
     )
-    config.eos_token_id = ids["<end_of_utterance>"]
+    config.eos_token_id = end
     config.architectures = ["Idefics3ForConditionalGeneration"]
     return config

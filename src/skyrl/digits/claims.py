@@ -13,19 +13,24 @@ _SEEN = re.compile(r"\bI see ([0-9][0-9/]*)")
 
 
 def check_grid(text: str, grid: Any) -> list[Claim]:
-    """Check every digit named in an ``I see ROW/ROW`` statement of a digit scene.
+    """Check every digit named in the ``I see ROW/ROW`` statements of an answer.
 
-    Each digit claims "this digit stands in this row and column". It is false if another digit stands there, and
-    also if the picture has no such place. Digits that a statement leaves out claim nothing.
+    Each digit claims "this digit stands in this row and column". It is false if another digit stands there, and also
+    if the picture has no such place. Digits that a statement leaves out claim nothing.
 
     Args:
-        text: The whole answer. All of its statements are checked.
+        text: The whole answer.
         grid: The digits of the picture, row by row, for example ``[[3, 1], [4, 1]]``; rows may differ in length.
 
     Raises:
         DataError: if ``grid`` isn't rows of digits 0-9.
     """
-    rows = _digit_rows(grid)
+    try:
+        rows = [[int(digit) for digit in row] for row in grid]
+        if any(not 0 <= digit <= 9 for row in rows for digit in row):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise DataError(f"fact 'grid' is {grid!r}; allowed: rows of digits 0-9 such as [[3, 1], [4, 1]]") from None
     claims = []
     for seen in _SEEN.finditer(text):
         row = column = 0
@@ -38,13 +43,3 @@ def check_grid(text: str, grid: Any) -> list[Claim]:
             claims.append(Claim(place, place + 1, text[place], true))
             column += 1
     return claims
-
-
-def _digit_rows(grid: Any) -> list[list[int]]:
-    try:
-        rows = [[int(digit) for digit in row] for row in grid]
-    except (TypeError, ValueError):
-        raise DataError(f"fact 'grid' is {grid!r}; allowed: rows of digits such as [[3, 1], [4, 1]]") from None
-    if any(not 0 <= digit <= 9 for row in rows for digit in row):
-        raise DataError(f"fact 'grid' is {grid!r}; every digit must be 0-9")
-    return rows

@@ -1,8 +1,7 @@
 """The embedded default models: built once from seeds, cached under a key of what shapes them.
 
 That is the settings and the seed, the versions of the libraries that compute them, and the code that runs meanwhile,
-function by function (:data:`CODE`). A change anywhere else leaves them as they are. Not in the key is the machine:
-another processor rounds otherwise.
+function by function (:data:`CODE`). Not in the key is the machine: another processor rounds otherwise.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from skyrl.digits.settings import DigitsConfig
+from skyrl.settings import Config
 
 SCENES = 20_000
 TEXT_SHARE = 0.15
@@ -36,18 +36,18 @@ LIBRARIES = ("numpy", "pillow", "scikit-learn", "tokenizers", "torch", "transfor
 CODE = {
     "digits/architecture.py": "build_config build_processor build_tokenizer",
     "digits/embedded.py": "_build",
-    "digits/reward_training.py": "_margins build_pairs reasoning_errors train_reward_model",
     "digits/scenes.py": "DigitScenes.__init__ DigitScenes.__len__ DigitScenes._draw DigitScenes._misread "
-    "DigitScenes._prompt DigitScenes._sum DigitScenes.with_reasoning FORM SCENE_PIXELS _chain _digits digit_pool "
+    "DigitScenes._prompt DigitScenes._sum DigitScenes.with_reasoning FORM SCENE_PIXELS _chain digit_pool "
     "held_out_sum solve",
-    "digits/settings.py": "PICTURE_KINDS",
-    "digits/warm_start.py": "fit learning_rate_factor sample_answers warm_start",
+    "digits/settings.py": "MAX_POSITIONS PICTURE_KINDS",
+    "digits/training.py": "_margins build_pairs fit learning_rate_factor reasoning_errors sample_answers "
+    "train_reward_model warm_start",
     "objective/reductions.py": "_rows_logprobs token_logprobs",
     "policy/chat.py": "ChatTemplate.__init__ ChatTemplate._render ChatTemplate._try ChatTemplate._writes "
     "ChatTemplate.prompt _message",
-    "policy/encode.py": "PromptEncoder.__init__ PromptEncoder._ids PromptEncoder._turn_end PromptEncoder.answer_ids "
-    "PromptEncoder.chat_text PromptEncoder.check_question PromptEncoder.collate PromptEncoder.encode "
-    "PromptEncoder.ended PromptEncoder.forbidden_token_ids PromptEncoder.text_ids _join _picture_axis_first",
+    "policy/encode.py": "PromptEncoder.__init__ PromptEncoder._encoded PromptEncoder._ids PromptEncoder._turn_end "
+    "PromptEncoder.answer_ids PromptEncoder.chat_text PromptEncoder.check_question PromptEncoder.collate "
+    "PromptEncoder.encode PromptEncoder.ended PromptEncoder.forbidden_token_ids PromptEncoder.text_ids TAGS _join",
     "records.py": "Prompt.key",
     "rewards/reward_model.py": "RewardModel.__init__ RewardModel._likelihoods RewardModel.features "
     "RewardModel.forward RewardModel.judge RewardModel.save RewardModel.states",
@@ -63,10 +63,10 @@ def cache_folder(cfg: DigitsConfig) -> Path:
 
 def recipe(cfg: DigitsConfig) -> dict[str, object]:
     """Everything that decides what the built models are."""
-    sources = {file: (Path(__file__).parents[1] / file).read_text(encoding="utf-8") for file in CODE}
+    root = Path(__file__).parents[1]
     return {
         "settings": cfg.model_dump(include={*STAGES, "model_seed"}),
-        "code": {file: _code_digest(source, CODE[file].split()) for file, source in sources.items()},
+        "code": {f: _code_digest((root / f).read_text(encoding="utf-8"), names.split()) for f, names in CODE.items()},
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
@@ -105,21 +105,23 @@ def _code_digest(source: str, names: Collection[str]) -> str:
     return hashlib.sha256(repr(sorted((name, ast.dump(node)) for name, node in kept.items())).encode()).hexdigest()
 
 
-def embedded_models(cfg: DigitsConfig) -> tuple[Path, Path]:
-    """Folders of the embedded policy and reward model, built now if the cache has none for this recipe.
+def embedded_models(cfg: Config) -> tuple[Path, Path]:
+    """Folders of policy and reward model, ``model.policy=digits`` and ``model.reward=digits``. Trains both, for
+    minutes, if ``digits.cache_dir`` has none for this recipe.
 
     A half-built model is never seen: the build happens in a temporary folder that is renamed when complete.
     """
-    text = json.dumps(recipe(cfg), sort_keys=True, indent=2)
-    folder = cache_folder(cfg) / f"digits-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    digits = cfg.digits
+    text = json.dumps(recipe(digits), sort_keys=True, indent=2)
+    folder = cache_folder(digits) / f"digits-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if not (folder / DONE).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         build = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         try:
             with Progress(*columns, refresh_per_second=2) as bar:
-                tasks = [bar.add_task(text, total=getattr(cfg, steps)) for steps, text in STAGES.items()]
-                _build(cfg, build, [partial(_show, bar, task) for task in tasks])
+                tasks = [bar.add_task(text, total=getattr(digits, steps)) for steps, text in STAGES.items()]
+                _build(digits, build, lambda stage, step, _loss: bar.update(tasks[stage], completed=step))
             (build / DONE).write_text(text)
             if folder.exists() and not (folder / DONE).is_file():
                 shutil.rmtree(folder)  # somebody took files out of it
@@ -133,20 +135,15 @@ def embedded_models(cfg: DigitsConfig) -> tuple[Path, Path]:
     return folder / "policy", folder / "reward"
 
 
-def _show(bar: Progress, task: TaskID, step: int, _steps: int, _loss: float) -> None:
-    bar.update(task, completed=step)
-
-
-def _build(cfg: DigitsConfig, folder: Path, show: Sequence[Callable[[int, int, float], None]]) -> None:
-    """Train both models; each of ``show`` is called with (step, steps, loss) in one of the three :data:`STAGES`."""
+def _build(cfg: DigitsConfig, folder: Path, show: Callable[[int, int, float], None]) -> None:
+    """Train both models; ``show`` is called with (place in :data:`STAGES`, step, loss) after each step."""
     import torch
     from transformers import Idefics3ForConditionalGeneration
     from transformers.utils import logging
 
     from skyrl.digits.architecture import build_config, build_processor
-    from skyrl.digits.reward_training import train_reward_model
     from skyrl.digits.scenes import DigitScenes
-    from skyrl.digits.warm_start import warm_start
+    from skyrl.digits.training import train_reward_model, warm_start
     from skyrl.policy.encode import PromptEncoder
 
     logging.disable_progress_bar()
@@ -156,14 +153,16 @@ def _build(cfg: DigitsConfig, folder: Path, show: Sequence[Callable[[int, int, f
     policy = Idefics3ForConditionalGeneration(build_config(encoder.tokenizer))
 
     scenes = DigitScenes("train", SCENES, TEXT_SHARE, cfg.model_seed)
-    warm_start(policy, encoder, scenes, cfg.warm_start_steps, show[0], careless=True)
+    warm_start(policy, encoder, scenes, cfg.warm_start_steps, partial(show, 0), careless=True)
     policy.save_pretrained(folder / "policy")
     encoder.processor.save_pretrained(folder / "policy")
 
     scenes = DigitScenes("reward", SCENES, TEXT_SHARE, cfg.model_seed)
     # The judge must see better than the judged: its body is the policy's, taught on by the faithful teacher.
     body = copy.deepcopy(policy)
-    warm_start(body, encoder, scenes, cfg.reward_body_steps, show[1])
-    model, accuracy = train_reward_model(policy, body, encoder, scenes, cfg.reward_steps, cfg.model_seed, show[2])
+    warm_start(body, encoder, scenes, cfg.reward_body_steps, partial(show, 1))
+    model, accuracy = train_reward_model(
+        policy, body, encoder, scenes, cfg.reward_steps, cfg.model_seed, partial(show, 2)
+    )
     model.save(folder / "reward")
     (folder / "reward" / "pair_accuracy.json").write_text(json.dumps({"held_out_pair_accuracy": accuracy}))

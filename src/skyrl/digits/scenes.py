@@ -1,12 +1,10 @@
 """Digit scenes: real handwritten digits, two by two in one picture, with a question about them.
 
-The embedded default data set. scikit-learn ships 1,797 handwritten digits of 8×8 pixels (the UCI optical
-recognition set). They are split once, for every seed, into *training digits* and *held-out digits*; a held-out scene
-shows only handwriting that no training scene ever showed. The sums asked without a picture are split likewise
-(:func:`held_out_sum`). Row ``i`` of a split is a pure function of ``(seed, split, i)``, so a scene needs no storage,
-any worker can draw it, and a resumed run sees the same ones.
-
-What is in the picture is known, so every claim about it can be checked exactly (``Prompt.facts``).
+scikit-learn ships 1,797 handwritten digits of 8×8 pixels (the UCI optical recognition set). They are split once, for
+every seed, into *training digits* and *held-out digits*; a held-out scene shows only handwriting that no training scene
+ever showed. The sums asked without a picture are split likewise (:func:`held_out_sum`). Row ``i`` of a split is a pure
+function of ``(seed, split, i)``, so a scene needs no storage, any worker can draw it, and a resumed run sees the same
+ones. What is in the picture is known, so every claim about it can be checked exactly (``Prompt.facts``).
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import numpy as np
 
 from skyrl.digits.settings import PICTURE_KINDS
 from skyrl.records import DataError, Prompt
+from skyrl.settings import Config
 
 GRID = 2
 """Digits per side of a scene."""
@@ -31,8 +30,7 @@ FORM = " Use <think></think><answer></answer>."
 TEXT_KIND = "text_arithmetic"
 ADDING_KINDS = ("sum", "row_difference")
 SMALL = 5
-"""Where numbers are added they are below this: a model of a million parameters shall have to read and to reason,
-not to learn a large table of sums by heart."""
+"""Where numbers are added they are below this: a small model shall read and reason, not learn a table of sums."""
 LOOK_ALIKE = {3: 2, 7: 1, 8: 9}
 """What a careless eye takes these digits for."""
 CARELESS_SHARE = 0.6
@@ -44,24 +42,18 @@ HELD_OUT = "eval"
 """The split that shows held-out digits and asks held-out sums, and nothing else does."""
 
 
-@lru_cache(maxsize=1)
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return (bunch.images / 16.0 * 255.0).astype(np.uint8), bunch.target.astype(int)
-
-
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def digit_pool(held_out: bool) -> list[np.ndarray]:
     """Pictures of each digit 0-9, ``[n, 8, 8]`` uint8, from the training or the held-out handwriting.
 
     The split is stratified and fixed: it doesn't depend on any seed, so that no setting can leak a held-out digit.
     """
-    images, labels = _digits()
-    pool = []
+    from sklearn.datasets import load_digits
+
+    scanned, pool = load_digits(), []
+    images = (scanned.images / 16.0 * 255.0).astype(np.uint8)
     for digit in range(10):
-        rows = np.random.default_rng(digit).permutation(np.flatnonzero(labels == digit))
+        rows = np.random.default_rng(digit).permutation(np.flatnonzero(scanned.target == digit))
         cut = int(len(rows) * HELD_OUT_SHARE)
         pool.append(images[rows[:cut] if held_out else rows[cut:]])
     return pool
@@ -88,22 +80,25 @@ def _chain(numbers: list[int]) -> str:
 def solve(kind: str, grid: list[list[int]], target: int) -> tuple[str, str, str]:
     """Question, faithful reasoning and answer for a scene; ``target`` is the digit that ``count`` asks for."""
     digits = [digit for row in grid for digit in row]
-    read = "I see " + "/".join("".join(str(d) for d in row) for row in grid) + ". "
     if kind == "sum":
-        return "What is the sum of the digits?", f"{read}{_chain(digits)}.", str(sum(digits))
-    if kind == "max":
-        return "What is the largest digit?", f"{read}Largest is {max(digits)}.", str(max(digits))
-    if kind == "min":
-        return "What is the smallest digit?", f"{read}Smallest is {min(digits)}.", str(min(digits))
-    if kind == "count":
-        count = digits.count(target)
-        return f"How many digits are {target}?", f"{read}{target} comes {count} times.", str(count)
-    if kind == "row_difference":
-        sums = [sum(row) for row in grid]
-        high, low = max(sums), min(sums)
-        work = ", ".join(_chain(row) for row in grid)
-        return "What is the difference of the row sums?", f"{read}{work}, {high}-{low}={high - low}.", str(high - low)
-    raise DataError(f"unknown kind of question {kind!r}; allowed: {', '.join(PICTURE_KINDS)}")
+        question, work, answer = "What is the sum of the digits?", _chain(digits), sum(digits)
+    elif kind == "max":
+        question, answer = "What is the largest digit?", max(digits)
+        work = f"Largest is {answer}"
+    elif kind == "min":
+        question, answer = "What is the smallest digit?", min(digits)
+        work = f"Smallest is {answer}"
+    elif kind == "count":
+        question, answer = f"How many digits are {target}?", digits.count(target)
+        work = f"{target} comes {answer} times"
+    elif kind == "row_difference":
+        low, *_, high = sorted(map(sum, grid))
+        question, answer = "What is the difference of the row sums?", high - low
+        work = f"{', '.join(map(_chain, grid))}, {high}-{low}={answer}"
+    else:
+        raise DataError(f"unknown kind of question {kind!r}; allowed: {', '.join(PICTURE_KINDS)}")
+    read = "/".join("".join(map(str, row)) for row in grid)
+    return question, f"I see {read}. {work}.", str(answer)
 
 
 class DigitScenes:
@@ -111,9 +106,7 @@ class DigitScenes:
 
     Args:
         split: ``train``, ``eval`` (held-out handwriting and sums) or ``reward``.
-        size: Number of rows.
         text_share: Share of rows without a picture.
-        seed: Seed of the scenes.
         kinds: Kinds of question about a picture, some of :data:`PICTURE_KINDS`; an unknown one fails when it is asked.
 
     Raises:
@@ -139,11 +132,8 @@ class DigitScenes:
         return {"seed": self.seed, "text_share": self.text_share, "kinds": list(self.kinds)}
 
     def with_reasoning(self, row: int, careless: bool = False) -> tuple[Prompt, str]:
-        """Row ``row`` and an answer to it in the form that the policy is warm-started on.
-
-        Args:
-            careless: Not a faithful answer, but that of a teacher who takes some digits for their look-alikes and
-                reasons on from there: demonstrations as they are often to be had, fluent, and false about the picture.
+        """Row ``row`` and a faithful answer to it, or a ``careless`` one, of a teacher who takes some digits for their
+        look-alikes and reasons on from there: fluent, and false about the picture.
 
         Raises:
             DataError: if there is no such row.
@@ -192,3 +182,11 @@ class DigitScenes:
         rows = [np.hstack([pool[d][rng.integers(len(pool[d]))] for d in row]) for row in grid]
         scene = np.vstack(rows).repeat(2, axis=0).repeat(2, axis=1)
         return np.repeat(scene[:, :, None], 3, axis=2)
+
+
+def datasets(cfg: Config) -> dict[str, DigitScenes]:
+    """``data.source=digits``: ``digits.train_size`` scenes to train on, ``data.eval_size`` held-out ones."""
+    digits, sizes = cfg.digits, {"train": cfg.digits.train_size, "eval": cfg.data.eval_size}
+    return {
+        name: DigitScenes(name, size, digits.text_share, cfg.data.seed, digits.kinds) for name, size in sizes.items()
+    }

@@ -21,11 +21,8 @@ GALLERY = "gallery.json"
 
 
 def evaluate_policy(cfg: Config, system: System, step: int, run_dir: Path, clock: Callable[[], float]) -> Metrics:
-    """Evaluate the policy that the rollout members hold, and bring the run's gallery up to date.
-
-    Returns:
-        ``eval/…``, with the wall time of the whole and of the probes.
-    """
+    """``eval/…`` of the policy that the rollout members hold, with the wall time of the whole and of the probes; brings
+    the run's gallery up to date."""
     started = clock()
     rows = tuple(range(system.sizes()["eval"]))
     request = RolloutRequest("eval", rows, step, 1, greedy=True, seed=cfg.controller.seed)
@@ -33,12 +30,10 @@ def evaluate_policy(cfg: Config, system: System, step: int, run_dir: Path, clock
     asked = clock()
     metrics: Metrics = {}
     blind: list[list[SampleGroup]] = []
-    limit = cfg.hallucination.probe_prompts
-    if limit:
+    if limit := cfg.hallucination.probe_prompts:
         # What the policy says without the picture, and how much its own answers depend on it.
         blind = _answers(system, replace(request, rows=rows[:limit], blind=True))
-        metrics = system.learners.each(picture_drop, *scored)[0]
-        metrics = metrics | {"eval/probe_seconds": clock() - asked}
+        metrics = system.learners.each(picture_drop, *scored)[0] | {"eval/probe_seconds": clock() - asked}
     path = run_dir / GALLERY
     chosen = read_json(path) if step > 0 and path.is_file() else None
     found, gallery = system.rewards.one(evaluate, chosen, len(scored), *scored, *blind)

@@ -1,13 +1,14 @@
 """Hallucination monitors: what an evaluation says beyond accuracy. docs/hallucination.md describes each.
 
-A monitor only reads scored groups and returns numbers. Monitors stand in a registry, so that a judge model or the
-checks of one's own data can be added without a change to the evaluation.
+They stand in a registry, so that a judge model or the checks of one's own data can be added.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from skyrl.records import DataError, Metrics, Sample, SampleGroup, flatten
 from skyrl.rewards.format import extract_answer
@@ -25,68 +26,51 @@ MonitorFactory = Callable[[HallucinationConfig, float], Monitor]
 def claims(groups: list[SampleGroup]) -> Metrics:
     """``eval/hallucination`` (CHAIR_s), ``eval/false_claim_share`` (CHAIR_i) and ``eval/coverage`` of the exact claim
     checks, and ``eval/hallucination/<kind>``, over the prompts whose claims can be checked."""
-    by_kind: dict[str, list[bool]] = {}
+    by_kind: defaultdict[str, list[bool]] = defaultdict(list)
     for group in groups:
         if group.checkable:
-            false = [sample.false_claims > 0 for sample in group.samples]
-            by_kind.setdefault(f"eval/hallucination/{group.prompt.kind}", []).extend(false)
+            by_kind[f"eval/hallucination/{group.prompt.kind}"] += [s.false_claims > 0 for s in group.samples]
     return claim_metrics(groups, "eval/hallucination", "eval/") | means(dict(sorted(by_kind.items())))
 
 
-def gate_monitor(gate: float) -> Monitor:
+def gated(groups: list[SampleGroup], gate: float) -> Metrics:
     """Reward-model gate: of the right answers that have a reward-model score, the share scored below ``gate``
     (``eval/gate_rejected``), and the share with a false claim among those below
     (``eval/gate_hallucination_rejected``) and among the others (``eval/gate_hallucination_accepted``), each of the
     answers whose claims can be checked. A gate that works rejects answers that hallucinate more than those it accepts.
     """
-
-    def monitor(groups: list[SampleGroup]) -> Metrics:
-        rejected: list[bool] = []
-        false: dict[bool, list[bool]] = {True: [], False: []}
-        for group in groups:
-            for sample in group.samples:
-                if sample.reward is None or sample.reward.model is None or not sample.right:
-                    continue
-                rejected.append(sample.reward.model < gate)
-                if group.checkable:
-                    false[rejected[-1]].append(sample.false_claims > 0)
-        return means(
-            {
-                "eval/gate_rejected": rejected,
-                "eval/gate_hallucination_rejected": false[True],
-                "eval/gate_hallucination_accepted": false[False],
-            }
-        )
-
-    return monitor
+    found: defaultdict[str, list[bool]] = defaultdict(list)
+    for group in groups:
+        for sample in group.samples:
+            if sample.reward is None or sample.reward.model is None or not sample.right:
+                continue
+            rejected = sample.reward.model < gate
+            found["eval/gate_rejected"].append(rejected)
+            if group.checkable:
+                side = "rejected" if rejected else "accepted"
+                found[f"eval/gate_hallucination_{side}"].append(sample.false_claims > 0)
+    return means(found)
 
 
-def phrase_monitor(phrases: list[str]) -> Monitor:
+def denials(groups: list[SampleGroup], phrases: Sequence[str]) -> Metrics:
     """``eval/denial``: share of the answers to prompts with pictures in which one of the regular expressions is found
     (case ignored). Without expressions it says nothing."""
-    patterns = [re.compile(phrase, re.IGNORECASE) for phrase in phrases]
-
-    def monitor(groups: list[SampleGroup]) -> Metrics:
-        samples = flatten([group for group in groups if group.prompt.images])
-        denials = [any(pattern.search(sample.text) for pattern in patterns) for sample in samples]
-        return means({"eval/denial": denials if patterns else []})
-
-    return monitor
+    texts = [sample.text for sample in flatten(group for group in groups if group.prompt.images)]
+    found = [any(re.search(phrase, text, re.IGNORECASE) for phrase in phrases) for text in texts]
+    return means({"eval/denial": found if phrases else []})
 
 
 MONITORS: dict[str, MonitorFactory] = {
     "claims": lambda cfg, gate: claims,
-    "gate": lambda cfg, gate: gate_monitor(gate),
-    "phrases": lambda cfg, gate: phrase_monitor(cfg.phrases),
+    "gate": lambda cfg, gate: partial(gated, gate=gate),
+    "phrases": lambda cfg, gate: partial(denials, phrases=cfg.phrases),
 }
 """Name → factory. The image-blind probe (:func:`blind_metrics`) is not among them: it needs a second asking."""
 
 
 def register_monitor(name: str, factory: MonitorFactory) -> None:
-    """Add a monitor to every evaluation. Replaces an earlier one of that name, also one of skyrl's own.
-
-    The registry is that of this process: ``skyrl.rewards.rewarder.PLUGINS`` reaches those that score answers.
-    """
+    """Add a monitor to every evaluation, in place of an earlier one of that name, also of skyrl's own. The registry is
+    that of this process: ``skyrl.rewards.rewarder.PLUGINS`` reaches those that score answers."""
     MONITORS[name] = factory
 
 
@@ -99,15 +83,11 @@ def build_monitors(cfg: Config) -> list[Monitor]:
 
 
 def blind_metrics(groups: list[SampleGroup], blind: list[SampleGroup]) -> Metrics:
-    """Image-blind probe: what the policy says to the same prompts without their pictures.
+    """Image-blind probe: the first answer to each prompt of ``blind`` (its variant too) beside that of ``groups``.
 
     ``eval/blind_agreement``: share of prompts with the same extracted answer both times (case and number of blanks
     ignored); no answer agrees with nothing. ``eval/blind_accuracy`` and ``eval/blind_accuracy_drop`` (with the picture
     minus without) are over the prompts of which both answers were scored. ``eval/blind_prompts`` counts the prompts.
-
-    Args:
-        groups: Scored groups, asked with their pictures.
-        blind: Some of them asked again, variant ``blind``. The first sample of each group is compared.
 
     Raises:
         DataError: if a blind group has no counterpart, or one of the two has no sample.

@@ -35,8 +35,6 @@ def picture_drop(learner: LearnerStep, *parts: list[SampleGroup]) -> Metrics:
 def masked_group(group: SampleGroup, cfg: HallucinationConfig) -> SampleGroup:
     """The same answers to the same question, with most of each picture black."""
     prompt = group.prompt
-    images = tuple(
-        mask_picture(picture, f"{prompt.id}/{place}", cfg.mask_share, cfg.mask_patch)
-        for place, picture in enumerate(prompt.images)
-    )
+    named = [(picture, f"{prompt.id}/{place}") for place, picture in enumerate(prompt.images)]
+    images = tuple(mask_picture(picture, name, cfg.mask_share, cfg.mask_patch) for picture, name in named)
     return replace(group, prompt=replace(prompt, images=images, variant="masked"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from skyrl.evaluation.monitors import Monitor, blind_metrics, build_monitors
@@ -29,10 +31,9 @@ def evaluate(
 
     Args:
         rewarder: Where the groups were scored: its settings and its process, in which plug-ins have registered.
-        gallery: The gallery chosen before training, whose "after" side is filled in; ``None`` chooses it now.
-        shown: So many of the parts were asked with their pictures.
-        parts: Scored groups of one greedy sample each, in the order of the rows; after the ``shown`` ones those that
-            were asked again without their pictures. With none there are no ``eval/blind_…`` metrics.
+        gallery: The one chosen before training, whose "after" side is filled in; ``None`` chooses it now.
+        parts: Scored groups of one greedy sample each, in the order of the rows: first ``shown`` parts that were asked
+            with their pictures, then those asked again without, if any.
 
     Raises:
         SkyrlError: if no answer could be scored.
@@ -42,10 +43,9 @@ def evaluate(
     groups = [group for part in parts[:shown] for group in part]
     blind = [group for part in parts[shown:] for group in part]
     refuse_all_failed(groups, "evaluation")
-    limit = rewarder.cfg.evaluation.gallery
-    entries = gallery_entries(groups, limit) if gallery is None else add_after(gallery, groups)
-    monitors = [*build_monitors(rewarder.cfg), lambda seen: blind_metrics(seen, blind)]
-    return evaluation_metrics(groups, monitors), entries
+    cfg = rewarder.cfg
+    entries = gallery_entries(groups, cfg.evaluation.gallery) if gallery is None else add_after(gallery, groups)
+    return evaluation_metrics(groups, [*build_monitors(cfg), partial(blind_metrics, blind=blind)]), entries
 
 
 def evaluation_metrics(groups: list[SampleGroup], monitors: Sequence[Monitor]) -> Metrics:
@@ -57,15 +57,13 @@ def evaluation_metrics(groups: list[SampleGroup], monitors: Sequence[Monitor]) -
     """
     overall = answer_metrics(groups)
     metrics = {new: overall[old] for old, new in NAMES.items() if old in overall}
-    right: dict[str, list[bool]] = {}
+    right: defaultdict[str, list[bool]] = defaultdict(list)
     for group in groups:
-        scored = [sample.right for sample in group.samples if sample.reward is not None]
-        right.setdefault(f"eval/accuracy/{group.prompt.kind}", []).extend(scored)
+        right[f"eval/accuracy/{group.prompt.kind}"] += [s.right for s in group.samples if s.reward is not None]
     metrics |= means(dict(sorted(right.items())))
     for monitor in monitors:
         found = monitor(groups)
-        twice = sorted(metrics.keys() & found.keys())
-        if twice:
+        if twice := sorted(metrics.keys() & found.keys()):
             raise DataError(f"a monitor gives {', '.join(twice)} once more; every metric must come from one place")
         metrics |= found
     return metrics

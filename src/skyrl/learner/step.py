@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,8 +88,7 @@ class LearnerStep:
 
     def _start(self) -> PolicyModule:
         """The starting policy, with what is not trained frozen."""
-        from skyrl.policy.freezing import freeze
-        from skyrl.policy.module import PolicyModule, load_policy
+        from skyrl.policy.module import PolicyModule, freeze, load_policy
 
         model = load_policy(self.policy_folder, self.cfg.model.dtype)
         freeze(model.named_parameters(), self.cfg.learner.trainable)
@@ -250,8 +250,9 @@ class LearnerStep:
         if self.reference is not None:
             self.reference.save(folder, self.rank)
         if self.rank == 0:
-            age = 0 if self.reference is None else self.reference.step
-            write_state(folder, self.cfg, {"delta": self.delta.state_dict(), "reference_step": age})
+            refreshed = 0 if self.reference is None else self.reference.step
+            delta = {"value": self.delta.value, "updates": self.delta.updates}
+            write_state(folder, self.cfg, {"delta": delta, "reference_step": refreshed})
 
     def load(self, folder: Path) -> None:
         """Continue from what :meth:`save` wrote; every rank must call it.
@@ -262,7 +263,7 @@ class LearnerStep:
         """
         state = read_state(folder, self.cfg)
         self.backend.load(folder)
-        self.delta.load_state_dict(state["delta"])
+        self.delta = replace(self.delta, **state["delta"])
         if self.reference is not None:
             self.reference.load(folder, state["reference_step"], lambda: self._start().model.named_parameters())
 

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from skyrl.records import Metrics
@@ -60,34 +60,24 @@ _ROWS: tuple[tuple[str, str, Show], ...] = (
 
 
 class ConsoleSink:
-    """Shows the run on the console.
-
-    In a terminal it is a table that renews itself, with a progress bar; otherwise each step is one line, so that
-    a log stays readable.
-    """
+    """Shows the run on the console: in a terminal a table that renews itself, with a progress bar; otherwise one line
+    for each step, so that a log stays readable."""
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
-        """Prepare the view; nothing is printed before the first ``log``.
-
-        Args:
-            steps: length of the whole run, for the progress bar and the estimate of the remaining time.
-        """
-        self._steps = steps
-        self._console = console or Console()
+        """``steps`` is the length of the whole run. Nothing is printed before the first ``log``."""
+        self._steps, self._console = steps, console or Console()
         self._live: Live | None = None
         self._first: Metrics = {}
         self._latest: Metrics = {}
-        self._step = 0
-        self._clock: tuple[int, float] | None = None
+        self._step, self._begun = 0, (0, 0.0)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Show ``metrics`` as the newest values."""
-        if self._clock is None:
-            self._clock = (step, time.monotonic())
+        if not self._latest:
+            self._begun = (step, time.monotonic())
         self._step = step
-        self._latest.update(metrics)
-        for name, value in metrics.items():
-            self._first.setdefault(name, value)
+        self._latest |= metrics
+        self._first = metrics | self._first
         if not self._console.is_terminal:
             # Lines must not be cut or wrapped at a width that a file does not have.
             self._console.print(Text(self._line(metrics)), soft_wrap=True)
@@ -103,16 +93,11 @@ class ConsoleSink:
             self._live.stop()
             self._live = None
 
-    def _seconds_left(self) -> float | None:
-        """Estimate from the wall time of the steps so far, evaluations and checkpoints included."""
-        left = self._steps - self._step
-        if self._clock is None or left < 0:
-            return None
-        first_step, started = self._clock
-        if self._step > first_step:
-            return left * (time.monotonic() - started) / (self._step - first_step)
-        step_time = self._latest.get("time/step")
-        return None if step_time is None else left * step_time
+    def _left(self) -> str:
+        """Estimate of the remaining time from that of the steps so far, evaluations and checkpoints included."""
+        left, done = self._steps - self._step, self._step - self._begun[0]
+        step_time = (time.monotonic() - self._begun[1]) / done if done > 0 else self._latest.get("time/step")
+        return duration(None if step_time is None or left < 0 else left * step_time)
 
     def _line(self, metrics: Metrics) -> str:
         """One step as one line; only what this step measured."""
@@ -123,7 +108,6 @@ class ConsoleSink:
         inner = [part(label, f"reward/{label}", number) for label in ("rule", "format", "model")]
         reward = part("reward", "reward/total", number)
         fresh = part("effective", "buffer/effective_share_fresh", percent)
-        filled = part("→", "buffer/effective_share", percent)
         parts = [
             f"step {self._step}/{self._steps}",
             part("evaluation: accuracy", "eval/accuracy", percent),
@@ -131,36 +115,31 @@ class ConsoleSink:
             f"{reward} ({', '.join(filter(None, inner))})" if reward else "",
             part("accuracy", "reward/accuracy", percent),
             part("hallucination", "hallucination/rate", percent),
-            " ".join(filter(None, (fresh, filled))),
+            " ".join(filter(None, (fresh, part("→", "buffer/effective_share", percent)))),
             part("SSB", "buffer/size", number),
             part("samples/s", "throughput/samples_per_second", number),
         ]
         if "time/step" in metrics:
-            parts.append(f"{duration(metrics['time/step'])} ({self._phases(metrics)})")
-            parts.append(f"left {duration(self._seconds_left())}")
+            parts += [f"{duration(metrics['time/step'])} ({_phases(metrics)})", f"left {self._left()}"]
         return " | ".join(filter(None, parts))
-
-    @staticmethod
-    def _phases(metrics: Metrics) -> str:
-        """The phases' wall times of one step."""
-        shown = [(phase, metrics.get(f"time/{phase}")) for phase in PHASES]
-        return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in shown if seconds is not None)
 
     def _table(self) -> RenderableType:
         """The whole live view."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2))
-        table.add_column("")
-        table.add_column("first", justify="right", style="dim")
-        table.add_column("now", justify="right", style="bold")
+        now = self._latest
+        columns = ("", Column("first", justify="right", style="dim"), Column("now", justify="right", style="bold"))
+        table = Table(*columns, box=None, pad_edge=False, padding=(0, 2))
         for label, name, show in _ROWS:
-            if name in self._latest:
-                table.add_row(label, show(self._first[name]), show(self._latest[name]))
-        phases = Text(f"seconds: {self._phases(self._latest)}; step {duration(self._latest.get('time/step'))}", "dim")
+            if name in now:
+                table.add_row(label, show(self._first[name]), show(now[name]))
         progress = Table.grid(padding=(0, 2))
-        progress.add_row(
-            f"step {self._step}/{self._steps}",
-            ProgressBar(total=max(self._steps, 1), completed=self._step, width=40),
-            f"about {duration(self._seconds_left())} left",
-        )
-        parts = [table, phases, progress] if "time/step" in self._latest else [table, progress]
+        bar = ProgressBar(total=max(self._steps, 1), completed=self._step, width=40)
+        progress.add_row(f"step {self._step}/{self._steps}", bar, f"about {self._left()} left")
+        parts: list[RenderableType] = [table, progress]
+        if "time/step" in now:
+            parts.insert(1, Text(f"seconds: {_phases(now)}; step {duration(now['time/step'])}", "dim"))
         return Panel(Group(*parts), title="skyrl", title_align="left", expand=False)
+
+
+def _phases(metrics: Metrics) -> str:
+    """The wall times of one step's phases."""
+    return ", ".join(f"{phase} {metrics[f'time/{phase}']:.1f}" for phase in PHASES if f"time/{phase}" in metrics)

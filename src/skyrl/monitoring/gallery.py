@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,13 +34,10 @@ def picture_base64(images: Sequence[np.ndarray]) -> str | None:
     """The pictures side by side as one PNG in base64; ``None`` if there are none."""
     if not images:
         return None
-    height = max(image.shape[0] for image in images)
-    width = sum(image.shape[1] for image in images) + _GAP * (len(images) - 1)
-    canvas = Image.new("RGB", (width, height), "white")
-    left = 0
-    for image in images:
+    lefts = np.cumsum([0, *(image.shape[1] + _GAP for image in images)]).tolist()
+    canvas = Image.new("RGB", (lefts[-1] - _GAP, max(image.shape[0] for image in images)), "white")
+    for image, left in zip(images, lefts, strict=False):
         canvas.paste(Image.fromarray(image), (left, 0))
-        left += image.shape[1] + _GAP
     # Photographs would make the page many megabytes; digit scenes stay as they are.
     canvas.thumbnail((_MAX_SIDE * len(images), _MAX_SIDE))
     file = io.BytesIO()
@@ -64,98 +60,48 @@ def _answer(group: SampleGroup) -> dict[str, Any]:
 
 
 def gallery_entries(groups: Sequence[SampleGroup], limit: int) -> list[dict[str, Any]]:
-    """Choose at most ``limit`` prompts by :data:`RULE` and describe them as ``gallery.json`` holds them.
-
-    Args:
-        groups: the scored greedy answers of the evaluation before training, one sample each.
-        limit: number of places; fewer are filled if too few answers made a false claim.
-    """
-    entries: list[dict[str, Any]] = []
-    places_first = limit - limit // 2
-    for position, group in enumerate(groups):
-        if len(entries) >= limit:
-            break
-        before = _answer(group)
-        if position >= places_first and all(claim["true"] for claim in before["claims"]):
-            continue
-        prompt = group.prompt
-        entries.append(
-            {
-                "id": prompt.id,
-                "kind": prompt.kind,
-                "question": prompt.question,
-                "truth": prompt.answer,
-                "chosen": FIRST if position < places_first else FALSE_CLAIM,
-                "picture": picture_base64(prompt.images),
-                "before": before,
-                "after": None,
-            }
-        )
-    return entries
+    """At most ``limit`` prompts, chosen by :data:`RULE`, as ``gallery.json`` holds them; fewer if too few answers made
+    a false claim. ``groups`` are the scored answers of the evaluation before training, one greedy sample each."""
+    answers = [(group.prompt, _answer(group)) for group in groups]
+    first = limit - limit // 2
+    chosen = [(FIRST, *each) for each in answers[:first]]
+    chosen += [(FALSE_CLAIM, *each) for each in answers[first:] if not all(c["true"] for c in each[1]["claims"])]
+    return [
+        {
+            "id": prompt.id,
+            "kind": prompt.kind,
+            "question": prompt.question,
+            "truth": prompt.answer,
+            "chosen": reason,
+            "picture": picture_base64(prompt.images),
+            "before": before,
+            "after": None,
+        }
+        for reason, prompt, before in chosen[:limit]
+    ]
 
 
-def add_after(entries: Iterable[Mapping[str, Any]], groups: Sequence[SampleGroup]) -> list[dict[str, Any]]:
+def add_after(entries: Sequence[Mapping[str, Any]], groups: Sequence[SampleGroup]) -> list[dict[str, Any]]:
     """The entries with their side after training filled in, also for entries that a resumed run read back.
 
     Raises:
         DataError: if a prompt of the gallery was not evaluated again.
     """
     by_id = {group.prompt.id: group for group in groups}
-    filled = []
-    for entry in entries:
-        group = by_id.get(entry["id"])
-        if group is None:
-            raise DataError(f"prompt {entry['id']!r} of the gallery is missing among {len(by_id)} evaluated prompts")
-        filled.append({**entry, "after": _answer(group)})
-    return filled
+    if missing := [entry["id"] for entry in entries if entry["id"] not in by_id]:
+        raise DataError(f"prompts {missing} of the gallery are missing among {len(by_id)} evaluated prompts")
+    return [{**entry, "after": _answer(by_id[entry["id"]])} for entry in entries]
 
 
-def marked_text(text: str, claims: Sequence[Mapping[str, Any]]) -> str:
-    """An answer as safe HTML: claims and the think/answer tags are marked, everything is escaped."""
+def marked(text: str, claims: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """An answer in pieces: its claims (``true`` or ``false``), the think/answer tags (``tag``), the rest (``""``)."""
     spans = [(c["start"], c["end"], "true" if c["true"] else "false") for c in claims]
     spans += [(match.start(), match.end(), "tag") for match in _TAG.finditer(text)]
-    parts, position = [], 0
+    position = 0
     for start, end, kind in sorted(spans):
         if start < position or end > len(text) or end <= start:
             continue  # Overlapping marks can't be nested without misleading; the first one stays.
-        parts.append(escape(text[position:start]))
-        inner = escape(text[start:end])
-        if kind == "tag":
-            parts.append(f'<span class="tag">{inner}</span>')
-        else:
-            parts.append(f'<mark class="{kind}" title="{kind} claim about the picture">{inner}</mark>')
+        yield "", text[position:start]
+        yield kind, text[start:end]
         position = end
-    parts.append(escape(text[position:]))
-    return "".join(parts)
-
-
-def _answer_html(title: str, answer: Mapping[str, Any] | None) -> str:
-    """One side of an entry."""
-    if answer is None:
-        return f'<div class="answer"><h4>{title}</h4><p class="quiet">not evaluated</p></div>'
-    verdict, css = ("✓ right", "good") if answer["right"] else ("✗ wrong", "bad")
-    if answer.get("error"):
-        verdict, css = f"not scored: {escape(answer['error'])}", "bad"
-    return (
-        f'<div class="answer"><h4>{title} <span class="{css}">{verdict}</span></h4>'
-        f"<p>{marked_text(answer['text'], answer['claims'])}</p></div>"
-    )
-
-
-def gallery_html(entries: Sequence[Mapping[str, Any]]) -> str:
-    """The gallery as HTML, without its heading."""
-    parts = []
-    for entry in entries:
-        picture = entry["picture"]
-        # Base64 has no character that could end the attribute; anything else is not a picture of ours.
-        if picture and re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", picture):
-            shown = f'<img alt="picture of the question" src="data:image/png;base64,{picture}">'
-        else:
-            shown = '<div class="nopicture">no picture</div>'
-        meta = " · ".join(escape(str(entry.get(key, ""))) for key in ("id", "kind", "chosen"))
-        parts.append(
-            f'<article class="scene">{shown}<div class="text"><p class="question">{escape(entry["question"])}</p>'
-            f'<p class="quiet">answer: <b>{escape(entry["truth"])}</b> · {meta}</p><div class="answers">'
-            f"{_answer_html('before', entry['before'])}{_answer_html('after', entry['after'])}</div></div></article>"
-        )
-    return "".join(parts)
+    yield "", text[position:]

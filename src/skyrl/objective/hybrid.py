@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -96,9 +96,8 @@ def imported(path: str, key: str) -> Any:
     Raises:
         ConfigError: if there is no such thing; ``key`` is the setting that names it.
     """
-    module, _, name = path.partition(":")
     try:
-        return getattr(import_module(module), name)
+        return resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}={path}: can't be imported as package.module:Name: {error}") from error
 

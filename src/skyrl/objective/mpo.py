@@ -16,7 +16,8 @@ All sums and |y_c| go over the tokens of ``Sample.mask``.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from skyrl.objective.kl import kl_k3
 from skyrl.objective.term import BatchView, Stat, Stats, Term
@@ -144,6 +145,7 @@ class Mpo(Term):
         return (w1 * preference + w2 * quality + w3 * generation).sum(), stats
 
 
+@dataclass(slots=True)
 class RunningDelta:
     """δ of the quality term: a moving average, over steps, of each step's mean of concat(β h_c, β h_r).
 
@@ -161,10 +163,10 @@ class RunningDelta:
         decay: of the exponential one, 0 or more and below 1.
     """
 
-    def __init__(self, kind: DeltaKind, decay: float) -> None:
-        self.kind, self.decay = kind, decay
-        self.value = 0.0
-        self.updates = 0
+    kind: DeltaKind
+    decay: float
+    value: float = 0.0
+    updates: int = 0
 
     def update(self, batch_mean: float) -> float:
         """Take in the mean implicit reward of one whole step and return the new δ.
@@ -182,10 +184,3 @@ class RunningDelta:
         share = 1 / self.updates if cumulative else 1 - self.decay
         self.value += (batch_mean - self.value) * share
         return self.value
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = float(state["value"])
-        self.updates = int(state["updates"])

@@ -97,11 +97,7 @@ def recorded_on_policy(batch: TrainBatch, item: TrainItem) -> bool:
 
 @dataclass(slots=True, frozen=True)
 class BatchView:
-    """What a term sees of one micro-batch: B samples, padded to T answer tokens. All tensors are on one device.
-
-    Raises:
-        ValueError: for shapes that do not fit.
-    """
+    """What a term sees of one micro-batch: B samples, padded to T answer tokens. All tensors are on one device."""
 
     logprobs: Tensor
     """[B, T] log π_θ, with gradient. Where ``mask`` is False it may be anything, -inf and nan included."""
@@ -133,16 +129,6 @@ class BatchView:
     """0 at the first step of the present ``algorithm.stage``, 1 at its last."""
     delta: float
     """δ of MPO's quality term at this step."""
-
-    def __post_init__(self) -> None:
-        shape = tuple(self.logprobs.shape)
-        if len(shape) != 2:
-            raise ValueError(f"logprobs have shape {shape}; allowed: [B, T]")
-        rows = ("advantages", "weights", "off_policy", "recorded")
-        for name in ("behaviour", "reference", "entropy", "mask", *rows):
-            tensor, want = getattr(self, name), shape[:1] if name in rows else shape
-            if tensor is not None and tuple(tensor.shape) != want:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {want}")
 
     def row_sums(self, values: Tensor) -> Tensor:
         """[B] sums of [B, T] values over the trained tokens."""

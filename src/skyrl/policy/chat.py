@@ -11,7 +11,6 @@ from jinja2.exceptions import TemplateError
 from skyrl.records import ConfigError
 
 QUESTION, ANSWER, NEXT = "question-7f3", "answer-7f3", "another-7f3"  # no template writes these of its own accord
-DAY = datetime(2026, 1, 1)  # what templates that ask for the date are told
 TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, AttributeError, KeyError)
 """What a template may raise for a message in a form, or of a role, that it does not know."""
 
@@ -36,7 +35,8 @@ class ChatTemplate:
         if unread := sorted(variables.keys() - read):
             raise ConfigError(f"model.chat_template_kwargs: the chat template reads no variable {', '.join(unread)}")
         # A template that writes today's date would make another prompt of a replayed one tomorrow.
-        self._variables = variables | ({"strftime_now": DAY.strftime} if "strftime_now" in read else {})
+        day = {"strftime_now": datetime(2026, 1, 1).strftime} if "strftime_now" in read else {}
+        self._variables = variables | day
         forms = [form for form in (in_parts, not in_parts) if self._writes(form, 0)]
         if not forms:
             raise _refused("has a chat template that writes no question, neither as a text nor as a list of parts")

@@ -7,7 +7,6 @@ model's own forward. The only assumption is that they can be joined along the pi
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ from skyrl.policy.chat import ChatTemplate
 from skyrl.records import ConfigError, DataError, Prompt
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
+"""Can be sampled, and stay in texts, even if a tokenizer calls them special; the first opens the reasoning."""
 TEXT_KEYS = frozenset({"input_ids", "attention_mask"})
 TYPE_KEYS = frozenset({"token_type_ids", "mm_token_type_ids"})
 """[1, P]: which prompt tokens are a picture's. Qwen's positions and Gemma's attention mask are made from them."""
 PICTURE_ROLES = ("image_token", "video_token", "audio_token")
 CACHED_PROMPTS = 2048
+Encoded = tuple[np.ndarray, dict[str, torch.Tensor]]
 
 
 @dataclass(slots=True)
@@ -43,41 +43,31 @@ class EncodedBatch:
     (0 on answers and padding); ``{}`` without pictures."""
 
     def to(self, device: torch.device | str) -> EncodedBatch:
-        return EncodedBatch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.answer_mask.to(device),
-            {name: tensor.to(device) for name, tensor in self.pictures.items()},
-        )
+        ids, attention, answers = (t.to(device) for t in (self.input_ids, self.attention_mask, self.answer_mask))
+        return EncodedBatch(ids, attention, answers, {name: t.to(device) for name, t in self.pictures.items()})
 
 
 class PromptEncoder:
     """Renders prompts with the policy's chat template and encodes them with its processor.
 
     Args:
-        processor: What ``AutoProcessor.from_pretrained`` returns for the policy, or a plain tokenizer for a
-            text-only model.
+        processor: What ``AutoProcessor.from_pretrained`` returns for the policy: of a text model a plain tokenizer.
         chat_template_kwargs: Further variables of the chat template.
         stop_ids: Tokens that may end an answer, beside the tokenizer's end of sequence.
-        tags: Can be sampled, and stay in texts, even if the tokenizer calls them special; the first opens reasoning.
 
     Raises:
         ConfigError: if the chat template is missing or of no use, or if nothing can end an answer.
     """
 
     def __init__(
-        self,
-        processor: Any,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        stop_ids: Sequence[int] = (),
-        tags: tuple[str, ...] = TAGS,
+        self, processor: Any, chat_template_kwargs: dict[str, Any] | None = None, stop_ids: Sequence[int] = ()
     ) -> None:
         self.processor = processor
         self.tokenizer = tokenizer = getattr(processor, "tokenizer", processor)
         self.image_token: str | None = getattr(processor, "image_token", None)
         self.image_token_id: int | None = getattr(processor, "image_token_id", None)
         self.pad_id = int(tokenizer.pad_token_id or 0)
-        """Fills rows up; 0 where the tokenizer has no such token. The attention mask hides it either way."""
+        """Fills rows up; 0 where the tokenizer has no such token: the attention mask hides it."""
         self._chat = ChatTemplate(processor, chat_template_kwargs or {}, in_parts=self.image_token is not None)
         # The former lists named roles only; `<global-img>`, for example, has none.
         added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
@@ -90,21 +80,19 @@ class PromptEncoder:
         self.stop_token_ids = tuple(sorted({self.turn_end_id, *ends}))
         """All tokens that may end an answer."""
         spelled = special | {i: tokenizer.convert_ids_to_tokens(i) for i in self.stop_token_ids}
-        self.special_tags = {text: i for i, text in spelled.items() if text in tags}
+        self.special_tags = {text: i for i, text in spelled.items() if text in TAGS}
         """Tags that are special or stop tokens → ids. Engines leave these out of their texts: see ``decode_answer``."""
         self._end_tags = {*self.special_tags.values()} & {*self.stop_token_ids}
         self._hidden = special.keys() - self.special_tags.values()
         opening = self._chat.opening
-        self.opens_think = opening.rstrip().endswith(tags[0])
-        """True if the chat template itself writes ``<think>`` where the answer begins: no answer's text has it then."""
-        self.answer_prefix = tags[0] if self.opens_think else ""
-        """What stands before an answer's text in the whole form: ``<think>`` or nothing."""
-        self._opening = opening[opening.rfind(tags[0]) :] if self.opens_think else ""
+        self.answer_prefix = TAGS[0] if opening.rstrip().endswith(TAGS[0]) else ""
+        """``<think>`` if the chat template itself writes it where the answer begins: no answer's text has it then."""
+        self._opening = opening[opening.rfind(TAGS[0]) :] if self.answer_prefix else ""
         roles = [getattr(part, role, None) for part in (processor, tokenizer) for role in PICTURE_ROLES]
         self._placeholders = {token for token in roles if token}
         control = {*special.values(), *(str(added[i]) for i in self.stop_token_ids if i in added)}
         self._control = sorted(self._placeholders | control - {"", *self.special_tags})
-        self._cache: OrderedDict[tuple[str, str], tuple[np.ndarray, dict[str, torch.Tensor]]] = OrderedDict()
+        self._cache: dict[tuple[str, str], Encoded] = {}
 
     @classmethod
     def from_pretrained(cls, folder: str, chat_template_kwargs: dict[str, Any] | None = None) -> PromptEncoder:
@@ -128,9 +116,8 @@ class PromptEncoder:
     # ------------------------------------------------------------ answers
 
     def forbidden_token_ids(self) -> list[int]:
-        """Tokens that the policy must never sample, ascending: picture placeholders, padding and other special tokens,
-        but no stop token and no tag. A sampled placeholder would make the learner's forward pass fail. Some may lie
-        beyond the model's output layer."""
+        """Tokens that the policy must never sample, ascending: picture placeholders (the learner's forward pass would
+        fail), padding and other special tokens, but no stop token and no tag. Some may lie beyond the output layer."""
         ids = {self.image_token_id, self.tokenizer.pad_token_id, *self._hidden}
         ids |= {self.tokenizer.convert_tokens_to_ids(token) for token in self._placeholders}
         return sorted(int(i) for i in ids - {None, *self.stop_token_ids})
@@ -183,10 +170,10 @@ class PromptEncoder:
             ConfigError: if the chat template does not write as many placeholders as there are pictures.
         """
         self.check_question(prompt)
-        text = self._chat.prompt(prompt.question, len(prompt.images))
-        written, wanted = text.count(self.image_token) if self.image_token else 0, len(prompt.images)
-        if written != wanted:
-            what = f"{written} placeholders {self.image_token!r} for {wanted} picture(s)"
+        pictures = len(prompt.images)
+        text = self._chat.prompt(prompt.question, pictures)
+        if self.image_token and (written := text.count(self.image_token)) != pictures:
+            what = f"{written} placeholders {self.image_token!r} for {pictures} picture(s)"
             raise ConfigError(f"prompt {prompt.id!r}: the chat template wrote {what}")
         return text
 
@@ -197,41 +184,41 @@ class PromptEncoder:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def encode(self, prompt: Prompt) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+    def encode(self, prompt: Prompt) -> Encoded:
         """Prompt ids int32 [P], placeholders expanded, and the processor's picture tensors."""
-        if prompt.key in self._cache:
-            self._cache.move_to_end(prompt.key)
-            return self._cache[prompt.key]
-        if prompt.images:
-            from PIL import Image
-
-            out = self.processor(
-                text=self.chat_text(prompt),
-                images=[Image.fromarray(i) for i in prompt.images],
-                add_special_tokens=False,  # the chat template has written them already, as in text_ids
-                return_tensors="pt",
-            )
-            ids = out["input_ids"][0].numpy().astype(np.int32)
-            # Some tokenizers add types that are always 0; their models take none.
-            useless = {name for name in TYPE_KEYS & set(out) if not out[name].any()}
-            pictures = _picture_axis_first({name: t for name, t in out.items() if name not in TEXT_KEYS | useless})
-        else:
-            ids, pictures = np.asarray(self.text_ids(prompt), dtype=np.int32), {}
-        self._cache[prompt.key] = (ids, pictures)
+        found = self._cache.pop(prompt.key, None) or self._encoded(prompt)
+        self._cache[prompt.key] = found  # behind those that were used longer ago
         if len(self._cache) > CACHED_PROMPTS:
-            self._cache.popitem(last=False)
-        return ids, pictures
+            del self._cache[next(iter(self._cache))]
+        return found
+
+    def _encoded(self, prompt: Prompt) -> Encoded:
+        if not prompt.images:
+            return np.asarray(self.text_ids(prompt), dtype=np.int32), {}
+        from PIL import Image
+
+        out = self.processor(
+            text=self.chat_text(prompt),
+            images=[Image.fromarray(picture) for picture in prompt.images],
+            add_special_tokens=False,  # the chat template has written them already, as in text_ids
+            return_tensors="pt",
+        )
+        # Some tokenizers add types that are always 0; their models take none.
+        useless = {name for name in TYPE_KEYS & set(out) if not out[name].any()}
+        pictures = {name: tensor for name, tensor in out.items() if name not in TEXT_KEYS | useless}
+        # Idefics and SmolVLM processors return [1, pictures, …]. As [pictures, 1, …] rows with different numbers of
+        # pictures can be joined; other processors put pictures or patches first already.
+        if "pixel_attention_mask" in pictures and pictures["pixel_values"].ndim == 5:
+            pictures = {name: t.transpose(0, 1) if t.ndim >= 4 else t for name, t in pictures.items()}
+        return out["input_ids"][0].numpy().astype(np.int32), pictures
 
     def collate(self, rows: Sequence[tuple[Prompt, np.ndarray, np.ndarray]], length: int | None = None) -> EncodedBatch:
-        """Join rows of (prompt, prompt ids [P] as the rollout saw them, answer ids [T]).
-
-        Args:
-            rows: B rows.
-            length: Columns; default is the longest row.
+        """Join B rows of (prompt, prompt ids [P] as the rollout saw them, answer ids [T]) in ``length`` columns, by
+        default those of the longest row.
 
         Raises:
-            DataError: if the rollout's prompt ids are not the processor's, if an answer holds a picture
-                placeholder, or if the pictures of two rows can't be joined.
+            DataError: if the rollout's prompt ids are not the processor's, if an answer holds a picture placeholder, or
+                if the pictures of two rows can't be joined.
         """
         width = length or max(len(p) + len(a) for _, p, a in rows)
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
@@ -245,14 +232,12 @@ class PromptEncoder:
                     f"prompt {prompt.id!r}: the rollout saw {len(prompt_ids)} prompt tokens, the learner's processor "
                     f"makes {len(own_ids)} others; policy folder and processor differ between them"
                 )
-            if self.image_token_id is not None and (answer_ids == self.image_token_id).any():
-                raise DataError(
-                    f"prompt {prompt.id!r}: an answer contains picture placeholders (id {self.image_token_id})"
-                )
-            p, t = len(prompt_ids), len(answer_ids)
-            ids[i, :p], ids[i, p : p + t] = prompt_ids, answer_ids
-            attention[i, : p + t] = 1
-            answers[i, p : p + t] = True
+            image = self.image_token_id
+            if image is not None and (answer_ids == image).any():
+                raise DataError(f"prompt {prompt.id!r}: an answer contains picture placeholders (id {image})")
+            p, end = len(prompt_ids), len(prompt_ids) + len(answer_ids)
+            ids[i, :p], ids[i, p:end] = prompt_ids, answer_ids
+            attention[i, :end], answers[i, p:end] = 1, True
             for name, tensor in own_pictures.items():
                 if name in TYPE_KEYS:
                     types.setdefault(name, torch.zeros(ids.shape, dtype=tensor.dtype))[i, :p] = tensor[0]
@@ -261,14 +246,6 @@ class PromptEncoder:
         return EncodedBatch(
             torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(answers), _join(pictures) | types
         )
-
-
-def _picture_axis_first(pictures: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Idefics and SmolVLM processors return [1, pictures, …]: make it [pictures, 1, …], so that rows with different
-    numbers of pictures can be joined. Other processors put pictures or patches first already."""
-    if "pixel_attention_mask" in pictures and pictures["pixel_values"].ndim == 5:
-        return {name: t.transpose(0, 1) if t.ndim >= 4 else t for name, t in pictures.items()}
-    return pictures
 
 
 def _join(pictures: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
-"""The policy as the learner sees it: a vision-language model that returns log-probabilities of given answers."""
+"""The policy as the learner sees it: the model of a folder, which of its modules are trained (the paper's Table 4), and
+the log-probabilities that it gives to answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,27 @@ from torch import nn
 from skyrl.objective.reductions import token_logprobs
 from skyrl.policy.encode import EncodedBatch
 from skyrl.records import ConfigError
+from skyrl.settings import Trainable
 
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Settings of architectures that change logits after the output layer, which :class:`PolicyModule` would leave out."""
+VISION = ("vision_model.", "vision_tower.", "visual.", "image_encoder.", "vision_encoder.")
+ADAPTER = (
+    *("connector.", "modality_projection.", "projector.", "mlp1.", "resampler", "aligner.", "vision_adapter."),
+    *("vision_projection.", "embed_vision.", "visual_embeddings_table.", "image_newline"),
+    *("visual.merger.", "visual.deepstack_merger_list.", "visual.downsample."),
+)
+TRAINED = {
+    Trainable.all: {"vision", "adapter", "language"},
+    Trainable.adapter: {"adapter"},
+    Trainable.language_and_adapter: {"language", "adapter"},
+    Trainable.adapter_and_vision: {"adapter", "vision"},
+}
 
 
 def load_policy(folder: str, dtype: str) -> Any:
-    """The Hugging Face model in ``folder``: vision-language if its configuration says so, else causal.
-
-    Args:
-        folder: What ``save_pretrained`` wrote.
-        dtype: Torch name of the type of its parameters.
+    """The Hugging Face model in ``folder``, parameters of torch type ``dtype``: vision-language if its configuration
+    says so, else causal.
 
     Raises:
         ConfigError: if there is no ``config.json`` in the folder.
@@ -37,16 +48,42 @@ def load_policy(folder: str, dtype: str) -> Any:
     return kind.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
-class PolicyModule(nn.Module):
-    """A Hugging Face model whose forward is what training needs, so that DeepSpeed can wrap it.
+def module_of(name: str) -> str:
+    """``vision``, ``adapter`` or ``language`` for a parameter name. Adapters come first: some architectures keep theirs
+    inside the vision module."""
+    if any(part in name for part in ADAPTER):
+        return "adapter"
+    return "vision" if any(part in name for part in VISION) else "language"
 
-    Logits are computed at answer positions only: with a vocabulary of 150,000 they would otherwise be most of
-    the memory.
+
+def freeze(parameters: Iterable[tuple[str, nn.Parameter]], trainable: Trainable) -> dict[str, int]:
+    """Set ``requires_grad`` of every parameter and count the trained ones per module.
+
+    Raises:
+        ConfigError: if some modules shall be trained and others not, but one of the three has no parameters: the policy
+            is a text-only model, or its modules have names that are not known here.
+    """
+    counts = dict.fromkeys(("adapter", "language", "vision"), 0)
+    for name, parameter in parameters:
+        part = module_of(name)
+        parameter.requires_grad_(part in TRAINED[trainable])
+        counts[part] += getattr(parameter, "ds_numel", parameter.numel())
+    empty = [part for part, count in counts.items() if count == 0]
+    if empty and trainable is not Trainable.all:
+        raise ConfigError(
+            f"learner.trainable={trainable.value}: the policy has no {' and no '.join(empty)} parameters; "
+            "use learner.trainable=all"
+        )
+    return {part: counts[part] for part in TRAINED[trainable]}
+
+
+class PolicyModule(nn.Module):
+    """A Hugging Face model whose forward is what training needs, so that DeepSpeed can wrap it. Logits are computed at
+    answer positions only: with a vocabulary of 150,000 they would otherwise be most of the memory.
 
     Args:
-        model: A Hugging Face causal or image-text-to-text model.
-        forbidden_ids: Tokens that the rollout can't sample; they get probability 0 here too, so that both
-            sides mean the same distribution. Those beyond the output layer, which nobody could sample, are ignored.
+        forbidden_ids: Tokens that the rollout can't sample: they get probability 0 here too, so that both sides mean
+            the same distribution. Those beyond the output layer are ignored.
         temperature: The rollout's sampling temperature, for the same reason.
 
     Raises:
@@ -67,12 +104,8 @@ class PolicyModule(nn.Module):
         self.forbidden_ids = tuple(forbidden_ids)
 
     def forward(self, batch: EncodedBatch, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities float32 [N] of the N answer tokens of the batch, row after row.
-
-        Returns:
-            ``(logprobs, entropy)``: entropy float32 [N] in nats, without gradient; None unless ``with_entropy``.
-            A forbidden token has log-probability -inf.
-        """
+        """Log-probabilities float32 [N] of the N answer tokens, row after row, -inf for forbidden ones; and entropy
+        float32 [N] in nats, without gradient, or None unless ``with_entropy``."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.pictures
         ).last_hidden_state

@@ -21,76 +21,60 @@ def distinct_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
 
     Example: rows a, b, a give ``([a, b], [0, 1, 0])``.
     """
-    first: dict[tuple[tuple[str, str], bytes], int] = {}
-    kept: list[Row] = []
-    places: list[int] = []
-    for row in rows:
-        place = first.setdefault((row[0].key, row[2].tobytes()), len(kept))
-        if place == len(kept):
-            kept.append(row)
-        places.append(place)
-    return kept, places
+    keys = [(prompt.key, answer_ids.tobytes()) for prompt, _, answer_ids in rows]
+    kept: dict[tuple[tuple[str, str], bytes], Row] = {}
+    for key, row in zip(keys, rows, strict=True):
+        kept.setdefault(key, row)
+    places = {key: place for place, key in enumerate(kept)}
+    return list(kept.values()), [places[key] for key in keys]
 
 
 def plan_micro_batches(
     lengths: list[int], pairs: list[PreferencePair], num_ranks: int, token_budget: int
 ) -> list[list[MicroBatch]]:
-    """Deal items to ranks and pack each rank's share into micro-batches of similar length.
+    """Deal items to ranks and pack each rank's share into micro-batches of similar length: ``plan[rank]``.
 
-    Both members of a preference pair stay in one micro-batch, so that the preference loss needs no second
-    forward pass. Every rank gets the same number of micro-batches, because forward passes are collective under
-    ZeRO-3; a rank that has fewer is filled up with empty ones (see :func:`ghost_row`).
+    Both members of a preference pair stay in one micro-batch, so that the preference loss needs no second forward pass.
+    Every rank gets the same number of micro-batches, because forward passes are collective under ZeRO-3; a rank that
+    has fewer is filled up with empty ones (see :func:`ghost_row`).
 
     Args:
         lengths: Prompt plus answer tokens of each item.
         pairs: Pairs of item indices; an item may be in one pair only.
-        num_ranks: Learner ranks.
-        token_budget: Largest ``rows x longest row`` of a micro-batch. A unit (an item or a pair) that is larger
-            on its own still gets a micro-batch of its own.
+        token_budget: Largest ``rows x longest row`` of a micro-batch. A unit (an item or a pair) that is larger on its
+            own still gets a micro-batch of its own.
 
-    Returns:
-        ``plan[rank]``: that rank's micro-batches.
-
-    Example:
-        Four items of length 10, a budget of 20 and one rank give two micro-batches of two.
+    Example: four items of length 10, a budget of 20 and one rank give two micro-batches of two.
     """
     in_pair = {index for pair in pairs for index in (pair.chosen, pair.rejected)}
     units = [[pair.chosen, pair.rejected] for pair in pairs] + [[i] for i in range(len(lengths)) if i not in in_pair]
     units.sort(key=lambda unit: (-max(lengths[i] for i in unit), unit))
     plan: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    shares: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     for unit in units:  # longest first, each to the rank with the least work
         rank = loads.index(min(loads))
-        shares[rank].append(unit)
         loads[rank] += sum(lengths[i] for i in unit)
-    for rank, share in enumerate(shares):
-        for unit in share:
-            longest = max(lengths[i] for i in unit)
-            last = plan[rank][-1] if plan[rank] else None
-            # Units come longest first, so a micro-batch's first row is its longest.
-            if last is not None and (len(last) + len(unit)) * max(lengths[last[0]], longest) <= token_budget:
-                last.extend(unit)
-            else:
-                plan[rank].append(sorted(unit, key=lambda i: -lengths[i]))
-    most = max((len(part) for part in plan), default=0)
-    return [part + [[] for _ in range(most - len(part))] for part in plan]
+        parts = plan[rank]
+        # No later unit is longer, so a micro-batch's first row is its longest.
+        if parts and (len(parts[-1]) + len(unit)) * lengths[parts[-1][0]] <= token_budget:
+            parts[-1] += unit
+        else:
+            parts.append(sorted(unit, key=lambda i: -lengths[i]))
+    most = max(len(parts) for parts in plan)
+    return [parts + [[] for _ in range(most - len(parts))] for parts in plan]
 
 
 def ghost_row(items: list[TrainItem], part: MicroBatch) -> int | None:
     """The item to run beside ``part`` with weight 0, or None if none is needed.
 
-    Every forward pass of a step must run the same modules: under ZeRO-3 the passes are collective module by module,
-    and in every stage a gradient that only some ranks have would be averaged with another parameter's. So a
-    micro-batch that is empty, or has no picture in a step with pictures, gets a ghost: the step's shortest item with
-    a picture (the shortest item if the step has no picture).
+    Every forward pass of a step must run the same modules: under ZeRO-3 the passes are collective module by module, and
+    in every stage a gradient that only some ranks have would be averaged with another parameter's. So a micro-batch
+    that is empty, or has no picture in a step with pictures, gets a ghost: the step's shortest item with a picture (the
+    shortest item if the step has no picture).
 
     Args:
         items: The items of the whole step, at least one.
-        part: One micro-batch of the plan.
-
-    Returns:
-        An index into ``items``.
+        part: One micro-batch of the plan, indices into them.
     """
     pictured = [i for i, item in enumerate(items) if item.prompt.images]
     if part and (not pictured or any(items[i].prompt.images for i in part)):

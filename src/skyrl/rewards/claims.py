@@ -1,7 +1,5 @@
-"""Exact checks of what an answer claims to see, against what the picture is known to show.
-
-No judge model is involved: a claim is checked only if a fact about it is known. The rates over many answers follow
-CHAIR (Rohrbach et al. 2018); ``rewards/metrics.py`` takes them.
+"""Exact checks of what an answer claims to see, against what the picture is known to show. No judge model is involved:
+a claim is checked only if a fact about it is known. ``rewards/metrics.py`` takes the rates over many answers.
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ class Claim:
     """One checkable statement about the picture."""
 
     start: int
-    """First character of the claim in the answer text."""
     end: int
-    """One past its last character."""
+    """First character of the claim in the answer text, and one past its last."""
     text: str
     """``answer[start:end]``."""
     true: bool
@@ -34,10 +31,8 @@ such a fact is met."""
 
 
 def register_checker(name: str, checker: str | Checker) -> None:
-    """Check claims about the fact ``name`` with a function or ``package.module:function``. Replaces an earlier one.
-
-    The registry is that of this process: register wherever answers are scored (docs/data.md).
-    """
+    """Check claims about the fact ``name`` with a function or ``package.module:function``. Replaces an earlier one. The
+    registry is that of this process: register wherever answers are scored (docs/data.md)."""
     CHECKERS[name] = checker
 
 
@@ -46,17 +41,12 @@ def check_claims(text: str, facts: Mapping[str, Any]) -> list[Claim]:
 
     Args:
         text: The answer, tags included.
-        facts: ``Prompt.facts``. ``{}`` gives ``[]``; a fact without a checker is ignored.
-
-    Raises:
-        DataError: if a fact is malformed.
+        facts: ``Prompt.facts``. One without a checker is ignored, a malformed one is a :class:`DataError`.
     """
-    claims = [claim for name, fact in facts.items() if name in CHECKERS for claim in _checker(name)(text, fact)]
+    claims: list[Claim] = []
+    for name in (name for name in facts if name in CHECKERS):
+        checker = CHECKERS[name]
+        if isinstance(checker, str):
+            CHECKERS[name] = checker = resolve_name(checker)
+        claims += checker(text, facts[name])
     return sorted(claims, key=lambda claim: (claim.start, claim.end))
-
-
-def _checker(name: str) -> Checker:
-    known = CHECKERS[name]
-    if isinstance(known, str):
-        CHECKERS[name] = known = resolve_name(known)
-    return known

@@ -11,11 +11,8 @@ _ANSWER = ("<answer>", "</answer>")
 
 
 def extract_answer(text: str) -> str | None:
-    """Content of the last complete ``<answer>…</answer>``, stripped of surrounding whitespace.
-
-    Returns:
-        ``None`` if there is none, for example because the answer was cut off. The policy then gave no answer,
-        so its rule reward is an honest 0, not an error.
+    """Content of the last complete ``<answer>…</answer>``, stripped of surrounding whitespace; ``None`` if there is
+    none, for example because it was cut off. The policy then gave no answer: its rule reward is an honest 0, no error.
     """
     end = text.rfind(_ANSWER[1])
     start = text.rfind(_ANSWER[0], 0, max(end, 0))

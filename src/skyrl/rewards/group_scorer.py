@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,18 +33,15 @@ NOT_SUPPORTED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, 
 """What an architecture may raise that has no such cache or positions."""
 
 
-@dataclass(slots=True)
-class Prefixes:
-    """What the answers need of n prompts that were run together, left-padded to W columns."""
+class Prefixes(NamedTuple):
+    """What the answers need of n prompts that were run together, left-padded to W columns: their key-value cache; their
+    mask int64 [n, W], 0 on the padding; and of the last prompt token, which predicts the answer's first, the positions
+    int64 [n, 1], or [axes, n, 1] for a body with positions in several axes, and the hidden states [n, 1, H]."""
 
     cache: Any
-    """Their key-value cache."""
     attention_mask: torch.Tensor
-    """int64 [n, W]: 0 on the padding."""
     positions: torch.Tensor
-    """int64 [n, 1], or [axes, n, 1] for a body with positions in several axes: of the last prompt token."""
     states: torch.Tensor
-    """[n, 1, H]: hidden state of the last prompt token, which predicts the answer's first."""
 
 
 class GroupScorer:
@@ -54,8 +50,8 @@ class GroupScorer:
     Args:
         reward_model: Model on its device, in evaluation mode.
         batch_size: Samples per forward pass, and also prompts per forward pass.
-        policy_encoder: Encoder of the policy, whose token ids the samples carry. If the reward model's vocabulary is
-            another one, or only one of the chat templates opens the reasoning, answers are encoded again from their
+        policy_encoder: Encoder of the policy, whose token ids the samples carry. If the reward model has another
+            vocabulary, or only one of the chat templates opens the reasoning, answers are encoded again from their
             text. Either way they end as the reward model's own do.
     """
 
@@ -72,11 +68,8 @@ class GroupScorer:
 
     @torch.no_grad()
     def score(self, groups: list[SampleGroup]) -> list[np.ndarray]:
-        """Raw scores, one float64 array [G] per group.
-
-        Raises:
-            DataError: if an answer holds a picture placeholder, or the pictures of two prompts can't be joined.
-        """
+        """Raw scores, float64 [G] of each group; :class:`DataError` if an answer holds a picture placeholder, or if the
+        pictures of two prompts can't be joined."""
         rows, places = distinct_rows([row for group in groups for row in self._rows(group)])
         self._compare_if_longer(rows)
         scores = np.empty(len(rows))
@@ -98,14 +91,9 @@ class GroupScorer:
             raise DataError(f"prompt {group.prompt.id!r}: an answer contains picture placeholders (id {placeholder})")
         return [(group.prompt, prompt_ids, answer) for answer in answers]
 
-    # ------------------------------------------------------------ two ways to the same features
-
     def plain_features(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """What the head reads of each row, every row run whole.
-
-        Yields:
-            Indices into ``rows`` and the features [len(indices), H or H + 3] of these rows.
-        """
+        """What the head reads of each row, every row run whole: indices into ``rows``, and these rows' features
+        [len(indices), H or H + 3]."""
         for part in self._batches(range(len(rows)), lambda i: _length(rows[i])):
             batch = self.encoder.collate([rows[i] for i in part]).to(self.device)
             yield part, self.reward_model.features(self.reward_model.states(batch), batch)
@@ -131,21 +119,15 @@ class GroupScorer:
     def _run_prompts(self, rows: list[Row], extra_padding: int) -> Prefixes:
         none = np.empty(0, dtype=np.int32)
         width = max(len(prompt_ids) for _, prompt_ids, _ in rows) + extra_padding
-        batch = _left_padded(self.encoder.collate([(prompt, ids, none) for prompt, ids, _ in rows], width))
-        batch = batch.to(self.device)
-        model = self.reward_model.model
+        batch = self.encoder.collate([(prompt, ids, none) for prompt, ids, _ in rows], width)
+        batch = _left_padded(batch).to(self.device)
+        ids, mask, model = batch.input_ids, batch.attention_mask, self.reward_model.model
         # generate's own positions: most bodies count the real tokens, Qwen-VL's also count along the pictures' axes.
-        positions = model._prepare_position_ids_for_generation(
-            batch.input_ids, {"attention_mask": batch.attention_mask, **batch.pictures}
-        )
+        positions = model._prepare_position_ids_for_generation(ids, {"attention_mask": mask, **batch.pictures})
         out = model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=positions,
-            use_cache=True,
-            **batch.pictures,
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **batch.pictures
         )
-        return Prefixes(out.past_key_values, batch.attention_mask, positions[..., -1:], out.last_hidden_state[:, -1:])
+        return Prefixes(out.past_key_values, mask, positions[..., -1:], out.last_hidden_state[:, -1:])
 
     def _run_answers(self, prefixes: Prefixes, chosen: torch.Tensor, rows: list[Row]) -> torch.Tensor:
         """Features of the rows' answers; row i belongs to prompt ``chosen[i]``. Column 0 is its last token."""
@@ -168,12 +150,8 @@ class GroupScorer:
         ids = np.full((len(rows), len(columns)), self.encoder.pad_id, dtype=np.int64)
         for i, (_, prompt_ids, answer) in enumerate(rows):
             ids[i, 0], ids[i, 1 : 1 + len(answer)] = prompt_ids[-1], answer
-        real = columns <= lengths[:, None]
-        return EncodedBatch(
-            torch.from_numpy(ids), torch.from_numpy(real.astype(np.int64)), torch.from_numpy(real & (columns > 0)), {}
-        )
-
-    # ------------------------------------------------------------ comparison
+        real = torch.from_numpy(columns <= lengths[:, None])
+        return EncodedBatch(torch.from_numpy(ids), real.long(), real & torch.from_numpy(columns > 0), {})
 
     def _compare_if_longer(self, rows: list[Row]) -> None:
         """Some bodies change their ways with the length: sliding windows, positions scaled by it."""
@@ -222,10 +200,8 @@ def _length(row: Row) -> int:
 
 def _in_order(parts: Iterator[tuple[list[int], torch.Tensor]]) -> torch.Tensor:
     """Features of all rows, [N, F]."""
-    indices, features = zip(*parts, strict=True)
-    order = torch.from_numpy(np.argsort(np.concatenate(indices)))
-    features = torch.cat(features)
-    return features[order.to(features.device)]
+    found = {i: one for indices, features in parts for i, one in zip(indices, features, strict=True)}
+    return torch.stack([found[i] for i in range(len(found))])
 
 
 def _left_padded(batch: EncodedBatch) -> EncodedBatch:
@@ -234,16 +210,13 @@ def _left_padded(batch: EncodedBatch) -> EncodedBatch:
     padding = width - batch.attention_mask.sum(1, keepdim=True)
     source = (torch.arange(width) - padding) % width
     pictures = {name: t.gather(1, source) if name in TYPE_KEYS else t for name, t in batch.pictures.items()}
-    ids, attention, answers = batch.input_ids, batch.attention_mask, batch.answer_mask
-    return EncodedBatch(ids.gather(1, source), attention.gather(1, source), answers.gather(1, source), pictures)
+    ids, attention, answers = (t.gather(1, source) for t in (batch.input_ids, batch.attention_mask, batch.answer_mask))
+    return EncodedBatch(ids, attention, answers, pictures)
 
 
 def _selected(cache: Any, chosen: torch.Tensor) -> Any:
-    """A cache of the chosen rows; ``cache`` itself stays as it is.
-
-    Raises:
-        TypeError: for caches that are more than keys and values, which may be changed in place.
-    """
+    """A cache of the chosen rows; ``cache`` itself stays as it is. Layers that are more than keys and values, which may
+    be changed in place, are a :class:`TypeError`."""
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise TypeError(f"its cache has layers of type {type(layer).__name__}")

@@ -8,17 +8,12 @@ import numpy as np
 
 from skyrl.records import Metrics, SampleGroup, SkyrlError, flatten
 from skyrl.rewards.hybrid import length_penalty
-from skyrl.rewards.repetition import repeated_share
 from skyrl.settings import Config, Truncated
 
 
 def answer_metrics(groups: list[SampleGroup]) -> Metrics:
-    """Means over the answers of scored groups.
-
-    ``reward/total``, ``rule``, ``format``, ``model`` and ``accuracy`` (right answers) are over the samples without an
-    error, ``reward/errors`` counts the others. ``response/length_mean`` (tokens), ``response/truncated_share`` and
-    ``response/repetition`` (share of repeated token 4-grams) are over all samples.
-    """
+    """Means over the answers of scored groups: ``reward/…`` over the samples without an error (``reward/errors`` counts
+    the others), ``response/…`` over all samples. docs/metrics.md defines each."""
     samples = flatten(groups)
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     return {"reward/errors": float(sum(sample.error is not None for sample in samples))} | means(
@@ -51,11 +46,8 @@ def reward_metrics(groups: list[SampleGroup], cfg: Config) -> Metrics:
 
 def claim_metrics(groups: list[SampleGroup], rate: str, prefix: str) -> Metrics:
     """Rates over the samples whose claims about a picture can be checked: under the name ``rate`` those with a false
-    claim (CHAIR_s); ``false_claim_share``, false claims of all claims (CHAIR_i); ``coverage``, samples with a claim.
-
-    Args:
-        prefix: Begins the names of the last two.
-    """
+    claim (CHAIR_s); ``<prefix>false_claim_share``, false claims of all claims (CHAIR_i); ``<prefix>coverage``, samples
+    with a claim."""
     samples = flatten(group for group in groups if group.checkable)
     claims, false = sum(sample.claims for sample in samples), sum(sample.false_claims for sample in samples)
     shares = {rate: [sample.false_claims > 0 for sample in samples]}
@@ -69,10 +61,21 @@ def means(values: Mapping[str, Sequence[float]]) -> Metrics:
 
 
 def refuse_all_failed(groups: list[SampleGroup], when: str) -> None:
-    """
-    Raises:
-        SkyrlError: if there are answers and not one could be scored; training would go on with nothing.
-    """
+    """Raise :class:`SkyrlError` if there are answers and not one could be scored: training would go on with nothing."""
     samples = flatten(groups)
     if samples and all(sample.error is not None for sample in samples):
         raise SkyrlError(f"{when}: none of the {len(samples)} answers could be scored; the first: {samples[0].error}")
+
+
+def repeated_share(token_ids: np.ndarray, n: int = 4) -> float:
+    """Share of an answer's token n-grams that occurred before in the same answer, the sign of a policy that loops: 1 −
+    distinct n-grams / n-grams, in [0, 1); 0.0 for fewer than ``n`` tokens. ``token_ids`` is int [T]; another shape and
+    an ``n`` below 1 are a :class:`ValueError`."""
+    token_ids = np.asarray(token_ids)
+    if token_ids.ndim != 1 or n < 1:
+        raise ValueError(f"token_ids have shape {token_ids.shape}, n is {n}; allowed: [T] and 1 or more")
+    tokens, places = token_ids.tolist(), len(token_ids) - n + 1
+    if places < 1:
+        return 0.0
+    # A set of tuples: for short answers ten times as fast as sorting in numpy, for 16,384 tokens half as fast (11 ms).
+    return 1.0 - len(set(zip(*(tokens[start : start + places] for start in range(n)), strict=True))) / places

@@ -24,9 +24,9 @@ class RewardModel(nn.Module):
     Args:
         model: Hugging Face causal or image-text-to-text model.
         encoder: Chat template and processor of that model.
-        likelihood: Also give the head what the body's own language head thinks of the answer: the sum, the mean and the
-            smallest of its token log-probabilities. A small body learns from few pairs to judge by them, where the
-            last hidden state alone would need many more. Large reward models usually have this off.
+        likelihood: Also give the head what the body's own language head thinks of the answer: sum, mean and minimum of
+            its token log-probabilities. A small body learns from few pairs to judge by them; large reward models
+            usually have this off.
     """
 
     def __init__(self, model: Any, encoder: PromptEncoder, likelihood: bool = False) -> None:
@@ -83,11 +83,7 @@ class RewardModel(nn.Module):
 
     @classmethod
     def load(cls, folder: str, dtype: str = "float32") -> RewardModel:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            SkyrlError: if the folder has no head.
-        """
+        """Read what :meth:`save` wrote; a folder without a head is a :class:`SkyrlError`."""
         from skyrl.policy.module import load_policy
 
         head = Path(folder) / HEAD_FILE

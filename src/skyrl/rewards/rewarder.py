@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
-from skyrl.rewards.advantages import group_advantages
+from skyrl.records import DataError, RewardParts, Sample, SampleGroup
 from skyrl.rewards.claims import CHECKERS, check_claims
 from skyrl.rewards.format import extract_answer, format_reward
-from skyrl.rewards.hybrid import hybrid_reward, length_penalty
-from skyrl.rewards.runner import VerifierRunner
+from skyrl.rewards.hybrid import group_advantages, hybrid_reward, length_penalty
+from skyrl.rewards.runner import Verdict, VerifierRunner
 from skyrl.settings import Config, Truncated
 
 if TYPE_CHECKING:
@@ -52,42 +51,34 @@ class Rewarder:
             torch.set_num_threads(threads)
             body = RewardModel.load(reward_folder, cfg.model.dtype).to(cfg.reward.device)
             self.model = GroupScorer(body, cfg.reward.model_batch, encoder)
-        reward = cfg.reward
-        self._runner = VerifierRunner(reward.verifier_timeout, reward.numeric_tolerance, reward.verifiers)
+        self.runner = VerifierRunner(cfg.reward.verifier_timeout, cfg.reward.numeric_tolerance, cfg.reward.verifiers)
 
     def ready(self) -> None:
-        """Import the verifiers that the data name here, where they will run: a wrong name shows before the run starts.
-
-        Raises:
-            DataError: for one that can't be.
-        """
+        """Import the verifiers that the data name here, where they will run: one that can't be is a :class:`DataError`
+        before the run starts."""
         from skyrl.data.datasets import build_datasets, verifier_names
 
         for name in verifier_names(build_datasets(self.cfg).values()):
-            self._runner.check(name)
+            self.runner.check(name)
 
     def score(self, groups: list[SampleGroup]) -> list[SampleGroup]:
         """Fill ``reward``, ``advantage``, ``rule_advantage``, ``claims``, ``false_claims`` and ``error`` in place, and
-        the ``mask`` of truncated answers that shall not train (``reward.truncated=leave_out``).
+        the ``mask`` of truncated answers that shall not train (``reward.truncated=leave_out``). Returns ``groups``.
 
         A sample that can't be scored gets an ``error``, no reward and advantages of 0, and its group's mean and
         standard deviation are taken without it. Fewer than two scored samples (always so in a group of one, as greedy
         evaluation draws) have nothing to be compared with: advantages of 0. Arrays are only read.
-
-        Returns:
-            ``groups`` itself.
 
         Raises:
             DataError: if a prompt names an unknown verifier or has malformed facts, or if the reward model returns
                 arrays of the wrong shape; these are mistakes of the data set or the model, not of a sample.
         """
         for group, model_scores in zip(groups, self._model_scores(groups), strict=True):
-            self._score_group(group, model_scores)
+            try:
+                self._score_group(group, model_scores)
+            except DataError as error:
+                raise DataError(f"prompt {group.prompt.id!r}: {error}") from error
         return groups
-
-    def close(self) -> None:
-        """End the verifier process."""
-        self._runner.close()
 
     def _model_scores(self, groups: list[SampleGroup]) -> list[np.ndarray] | list[None]:
         if self.model is None:
@@ -99,21 +90,27 @@ class Rewarder:
         return scores
 
     def _score_group(self, group: SampleGroup, model: np.ndarray | None) -> None:
-        group.checkable = bool(group.prompt.images) and any(name in CHECKERS for name in group.prompt.facts)
-        rules = np.full(len(group.samples), math.nan)
+        prompt = group.prompt
+        group.checkable = bool(prompt.images) and any(name in CHECKERS for name in prompt.facts)
+        scores: list[float | None] = []
         for place, sample in enumerate(group.samples):
             sample.reward, sample.advantage, sample.rule_advantage = None, 0.0, 0.0
-            rules[place], sample.error = self._rule(group.prompt, sample)
-            if sample.error is None and model is not None and not math.isfinite(model[place]):
-                sample.error = (
-                    f"prompt {group.prompt.id!r}, sample {sample.index}: the reward model gave {model[place]}"
-                )
-            _count_claims(group, sample)
+            answer, verdict = extract_answer(sample.text), Verdict(0.0, None)  # no answer is wrong, but no error
+            if answer is not None:
+                verdict = self.runner.verify(prompt.verifier, answer, prompt.answer)
+            scores.append(verdict.score)
+            problem = verdict.error
+            if problem is None and model is not None and not math.isfinite(model[place]):
+                problem = f"the reward model gave {model[place]}"
+            sample.error = None if problem is None else f"prompt {prompt.id!r}, sample {sample.index}: {problem}"
+            claims = check_claims(sample.text, prompt.facts) if group.checkable else []
+            sample.claims, sample.false_claims = len(claims), sum(not claim.true for claim in claims)
             if sample.truncated and self.cfg.reward.truncated is Truncated.leave_out:
                 sample.mask = np.zeros(len(sample.token_ids), dtype=bool)
 
         valid = [place for place, sample in enumerate(group.samples) if sample.error is None]
-        self._fill([group.samples[place] for place in valid], rules[valid], None if model is None else model[valid])
+        rules = np.array(scores, dtype=np.float64)[valid]  # None becomes nan, and has an error
+        self._fill([group.samples[place] for place in valid], rules, None if model is None else model[valid])
 
     def _fill(self, samples: list[Sample], rules: np.ndarray, model: np.ndarray | None) -> None:
         """Rewards and advantages of the samples of a group that have a rule score."""
@@ -132,29 +129,3 @@ class Rewarder:
         advantages, rule_advantages = group_advantages(totals, std, noise), group_advantages(rules, std)
         for sample, advantage, rule_advantage in zip(samples, advantages, rule_advantages, strict=True):
             sample.advantage, sample.rule_advantage = float(advantage), float(rule_advantage)
-
-    def _rule(self, prompt: Prompt, sample: Sample) -> tuple[float, str | None]:
-        """The verifier's score and ``None``, or ``nan`` and why there is none."""
-        answer = extract_answer(sample.text)
-        if answer is None:
-            return 0.0, None
-        try:
-            verdict = self._runner.verify(prompt.verifier, answer, prompt.answer)
-        except DataError as error:
-            raise DataError(f"prompt {prompt.id!r}: {error}") from error
-        if verdict.score is None:
-            return math.nan, f"prompt {prompt.id!r}, sample {sample.index}: {verdict.error}"
-        return verdict.score, None
-
-
-def _count_claims(group: SampleGroup, sample: Sample) -> None:
-    """Fill ``claims`` and ``false_claims``; 0 where nothing can be checked."""
-    sample.claims = sample.false_claims = 0
-    if not group.checkable:
-        return
-    try:
-        claims = check_claims(sample.text, group.prompt.facts)
-    except DataError as error:
-        raise DataError(f"prompt {group.prompt.id!r}: {error}") from error
-    sample.claims = len(claims)
-    sample.false_claims = sum(not claim.true for claim in claims)

@@ -11,7 +11,6 @@ Messages are JSON, so that nothing which comes back can run code in the parent::
 from __future__ import annotations
 
 import json
-import math
 import resource
 import signal
 from multiprocessing.connection import Connection
@@ -19,6 +18,7 @@ from numbers import Real
 from typing import Any
 
 from skyrl.records import DataError
+from skyrl.rewards.verifiers import load_verifier
 
 MEMORY_LIMIT = 4 << 30
 """Bytes of private memory. ``2^{10^{12}}`` would otherwise fill the machine before its time is up."""
@@ -29,24 +29,21 @@ BACKSTOP = 5.0
 
 
 def checked_score(score: Any) -> float:
-    """The score as a float.
-
-    Raises:
-        DataError: if it isn't a number in [0, 1].
-    """
-    if not isinstance(score, Real):
-        raise DataError(
-            f"the verifier returned {str(score)[:80]!r} ({type(score).__name__}); allowed: a number in [0, 1]"
-        )
-    value = float(score)
-    if math.isnan(value) or not 0.0 <= value <= 1.0:
-        raise DataError(f"the verifier returned {value}; allowed: a number in [0, 1]")
-    return value
+    """The score as a float; :class:`DataError` if it isn't a number in [0, 1]."""
+    if isinstance(score, Real) and 0.0 <= float(score) <= 1.0:
+        return float(score)
+    got = float(score) if isinstance(score, Real) else f"{str(score)[:80]!r} ({type(score).__name__})"
+    raise DataError(f"the verifier returned {got}; allowed: a number in [0, 1]")
 
 
 def describe(error: Exception) -> str:
     """Type and message of an error, on one line and shortened; it may hold a whole answer."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def send(pipe: Connection, **message: Any) -> None:
+    """Put one message into the pipe."""
+    pipe.send_bytes(json.dumps(message).encode())
 
 
 def main(fd: int, limit: float) -> None:
@@ -56,39 +53,26 @@ def main(fd: int, limit: float) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Connection(fd)
-    _send(pipe, {"ready": True})
+    send(pipe, ready=True)
     while True:
         try:
             request = json.loads(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):  # the parent is gone or has closed its end
             return
         try:
-            _serve(pipe, request, limit)
+            _die_after(START_LIMIT + BACKSTOP)
+            verifier = load_verifier(request["reference"])
+            _die_after(limit + BACKSTOP)
+            send(pipe, loaded=True)
+            if request["answer"] is not None:
+                send(pipe, score=checked_score(verifier(request["answer"], request["truth"])))
         except Exception as error:  # noqa: BLE001 - whatever a verifier raises is reported as its sample's error
-            _send(pipe, {"error": describe(error)})
+            send(pipe, error=describe(error))
         _die_after(0)
 
 
-def _serve(pipe: Connection, request: dict[str, Any], limit: float) -> None:
-    from skyrl.rewards.verifiers import load_verifier
-
-    _die_after(START_LIMIT + BACKSTOP)
-    verifier = load_verifier(request["reference"])
-    _die_after(limit + BACKSTOP)
-    _send(pipe, {"loaded": True})
-    if request["answer"] is None:
-        return
-    _send(pipe, {"score": checked_score(verifier(request["answer"], request["truth"]))})
-
-
 def _die_after(seconds: float) -> None:
-    """Let the kernel end this process after ``seconds`` (0: never), even if Python code can't run any more.
-
-    The parent does the killing; this is for a parent that was itself killed while a verifier hangs.
-    """
+    """Let the kernel end this process after ``seconds`` (0: never), even if Python code can't run any more: the parent,
+    which does the killing, may be killed itself while a verifier hangs."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def _send(pipe: Connection, message: dict[str, Any]) -> None:
-    pipe.send_bytes(json.dumps(message).encode())

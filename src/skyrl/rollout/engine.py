@@ -1,4 +1,5 @@
-"""What the sampler asks of an engine. A second engine writes these three calls: ``tests/plain_engine.py`` is one."""
+"""What the sampler asks of an engine, and the environment of its process. A second engine writes three calls:
+``tests/plain_engine.py`` is one."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from skyrl.records import WeightSnapshot
+from skyrl.settings import RolloutConfig, WeightSync
 
 
 @dataclass(slots=True)
@@ -59,7 +61,6 @@ class Engine(Protocol):
         Raises:
             ValueError: for one that can't be met; the engine stays usable.
         """
-        ...
 
     def load(self, snapshot: WeightSnapshot) -> None:
         """Replace all weights and forget every cache that the old ones filled.
@@ -67,8 +68,31 @@ class Engine(Protocol):
         Raises:
             SyncError: if the snapshot does not cover the policy.
         """
-        ...
 
     def transfer(self, method: str, kwargs: dict[str, Any]) -> None:
         """One call of vLLM's weight-transfer control plane, if ``rollout.weight_sync`` is not ``shm``."""
-        ...
+
+
+def rollout_environment(cfg: RolloutConfig, threads: int) -> dict[str, str]:
+    """Variables of a rollout process that may use ``threads`` cores: set before torch and vLLM are imported there."""
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        # On a GPU a warning is all that vLLM's own transfer says of layers that received nothing.
+        "VLLM_LOGGING_LEVEL": "WARNING" if cfg.device == "cuda" else "ERROR",
+        "VLLM_CONFIGURE_LOGGING": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if cfg.weight_sync is WeightSync.ipc:
+        # CUDA's memory handles reach the engine core pickled. They come from this run's own learner.
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if cfg.device == "cpu":
+        env |= {
+            # The engine core in this process: update_weights then gets shared memory itself, not a pickle of it.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            # Compiling the sampler's small helpers takes 30 s and gains nothing measurable on CPU.
+            "TORCH_COMPILE_DISABLE": "1",
+        }
+    return env

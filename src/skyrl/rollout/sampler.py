@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 
-from skyrl.records import ConfigError, DataError, Prompt, RolloutRequest, Sample, SampleGroup, WeightSnapshot
+from skyrl.objective.hybrid import imported
+from skyrl.records import DataError, Prompt, RolloutRequest, Sample, SampleGroup, WeightSnapshot
 from skyrl.rollout.engine import Completion, Engine, EngineRequest
-from skyrl.settings import Config
+from skyrl.settings import Config, Truncated
 
 BAD_VALUE = (ValueError, TypeError, LookupError, ArithmeticError)
 """What an engine raises for a prompt that can't be sampled; anything else is an engine that is broken."""
 
 
 class Sampler:
-    """One rollout worker: data sets, encoder and version round an engine.
-
-    Args:
-        cfg: The whole configuration; ``rollout.engine`` names the engine's class.
-        policy_folder: Hugging Face folder of the starting policy.
+    """One rollout worker: data sets, encoder and version round the engine whose class ``rollout.engine`` names, which
+    starts with the policy of a Hugging Face folder.
 
     Raises:
         ConfigError: if there is no such class.
@@ -35,11 +32,7 @@ class Sampler:
         self.cfg, self.version = cfg, 0
         self.datasets = build_datasets(cfg)
         self.encoder = PromptEncoder.from_pretrained(policy_folder, chat_template_kwargs=cfg.model.chat_template_kwargs)
-        try:
-            engine_class = resolve_name(cfg.rollout.engine)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"rollout.engine={cfg.rollout.engine} can't be imported here: {error}") from error
-        self.engine: Engine = engine_class(cfg, policy_folder)
+        self.engine: Engine = imported(cfg.rollout.engine, "rollout.engine")(cfg, policy_folder)
         # A tokenizer may name tokens that the output layer does not have.
         self._stop_ids = tuple(i for i in self.encoder.stop_token_ids if i < self.engine.vocabulary)
         self._forbidden_ids = tuple(i for i in self.encoder.forbidden_token_ids() if i < self.engine.vocabulary)
@@ -72,15 +65,13 @@ class Sampler:
         return self._groups(prompts, request, rollout.probe_new_tokens, top_p=1.0)
 
     def continue_blind(self, groups: list[SampleGroup], step: int) -> list[SampleGroup]:
-        """Fill ``SampleGroup.blind`` in place: the best answer's first half, continued without the picture.
+        """Fill ``SampleGroup.blind`` of scored groups in place: the best answer's first half, continued without the
+        picture with a seed derived from ``step``.
 
         DropoutNTP of InternVL's MPO: a continuation that can't look any more tends to make things up, which makes it
         the rejected answer of a pair whose chosen one is the whole answer. Groups without a picture, or without an
-        answer that can be cut, keep ``blind=None``.
-
-        Args:
-            groups: Scored groups.
-            step: Number of the step; the continuation's seed is derived from it.
+        answer that can be cut, keep ``blind=None``. With ``reward.truncated=leave_out`` no token of a continuation that
+        reaches the limit may be trained on.
 
         Returns:
             ``groups`` itself.
@@ -95,22 +86,21 @@ class Sampler:
         for group in groups:
             group.blind = None
             place = best_answer(group.samples) if group.prompt.images else None
-            if place is None:
-                continue
-            whole = group.samples[place].token_ids
-            kept = len(whole) // 2
-            cuts.append((group, place, kept))
-            prompts.append(_blind(group.prompt))
-            blind = self._asked(prompts[-1], request, rollout.max_new_tokens - kept, rollout.top_p)
-            asked.append(replace(blind, prompt_ids=[*blind.prompt_ids, *whole[:kept].tolist()]))
+            if place is not None:
+                prompt, whole = _blind(group.prompt), group.samples[place].token_ids
+                kept = len(whole) // 2
+                blind = self._asked(prompt, request, rollout.max_new_tokens - kept, rollout.top_p)
+                asked.append(replace(blind, prompt_ids=[*blind.prompt_ids, *whole[:kept].tolist()]))
+                prompts.append(prompt)
+                cuts.append((group, place, kept))
         for (group, place, kept), (made,) in zip(cuts, self._answers(prompts, asked), strict=True):
             chosen = group.samples[place]
             ids = np.concatenate([chosen.token_ids[:kept], made.token_ids])
-            text, mask = self.encoder.decode_answer(ids.tolist()), np.ones(len(ids), dtype=bool)
-            mask[:kept] = chosen.mask[:kept]
+            trains = not (made.truncated and self.cfg.reward.truncated is Truncated.leave_out)
+            mask = np.concatenate([chosen.mask[:kept], np.ones(len(made.token_ids), dtype=bool)]) & trains
             # The first half was drawn with the picture and the second without: no distribution gave the whole.
-            half_blind = Sample(len(group.samples), ids, None, text, made.truncated, self.version, mask=mask)
-            group.blind = place, half_blind
+            text = self.encoder.decode_answer(ids.tolist())
+            group.blind = place, Sample(len(group.samples), ids, None, text, made.truncated, self.version, mask=mask)
         return groups
 
     def _groups(
@@ -119,14 +109,13 @@ class Sampler:
         answers = self._answers(prompts, [self._asked(prompt, request, max_tokens, top_p) for prompt in prompts])
         groups = []
         for prompt, completions in zip(prompts, answers, strict=True):
-            group = SampleGroup(prompt, completions[0].prompt_ids, [])
-            self._check_length(prompt, len(group.prompt_ids))
-            for made in completions:
+            self._check_length(prompt, len(completions[0].prompt_ids))
+            samples = []
+            for place, made in enumerate(completions):
                 # Engines leave special tokens out of the text; tags that are such tokens must stay.
                 text = self.encoder.decode_answer(made.token_ids.tolist()) if self.encoder.special_tags else made.text
-                place = len(group.samples)
-                group.samples.append(Sample(place, made.token_ids, made.logprobs, text, made.truncated, self.version))
-            groups.append(group)
+                samples.append(Sample(place, made.token_ids, made.logprobs, text, made.truncated, self.version))
+            groups.append(SampleGroup(prompt, completions[0].prompt_ids, samples))
         return groups
 
     def _asked(self, prompt: Prompt, request: RolloutRequest, max_tokens: int, top_p: float) -> EngineRequest:
@@ -168,8 +157,8 @@ class Sampler:
     # ------------------------------------------------------------ weights
 
     def load_weights(self, snapshot: WeightSnapshot) -> float:
-        """Replace all weights by the snapshot's; returns its size in megabytes. Whatever was asked before has been
-        answered with the old ones: calls run one after the other, so an answer has one version.
+        """Replace all weights by the snapshot's; returns its size in megabytes. Calls run one after the other, so an
+        answer has one version.
 
         Raises:
             SyncError: if the snapshot does not cover the policy.

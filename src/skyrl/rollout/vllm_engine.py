@@ -30,12 +30,8 @@ class VllmEngine:
         self.vocabulary: int = self.llm.model_config.get_vocab_size()
 
     def generate(self, requests: list[EngineRequest]) -> list[list[Completion]]:
-        inputs: list[Any] = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-        for one, request in zip(inputs, requests, strict=True):
-            if request.pictures:
-                one["multi_modal_data"] = {"image": [Image.fromarray(picture) for picture in request.pictures]}
         try:
-            outputs = self.llm.generate(inputs, [_params(request) for request in requests], use_tqdm=False)
+            outputs = self.llm.generate(list(map(_input, requests)), list(map(_params, requests)), use_tqdm=False)
         except VLLMClientError as error:  # a request's fault, yet no ValueError
             raise ValueError(str(error)) from error
         return [_completions(output) for output in outputs]
@@ -56,6 +52,13 @@ class VllmEngine:
             raise SkyrlError("vLLM could not reset its prefix cache; requests are still running during a weight sync")
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.reset_mm_cache()
+
+
+def _input(request: EngineRequest) -> Any:
+    made: dict[str, Any] = {"prompt_token_ids": request.prompt_ids}
+    if request.pictures:
+        made["multi_modal_data"] = {"image": [Image.fromarray(picture) for picture in request.pictures]}
+    return made
 
 
 def _params(request: EngineRequest) -> SamplingParams:
@@ -90,8 +93,7 @@ def _completions(output: Any) -> list[Completion]:
 
 @lru_cache(maxsize=1)
 def forbidding_bias(forbidden: tuple[int, ...]) -> dict[int, float]:
-    """vLLM's ``logit_bias`` that gives forbidden tokens probability 0. A list of the allowed ones would say the same,
-    but vLLM's GPU sampler refuses more than 1,024 of them.
+    """vLLM's ``logit_bias`` that gives forbidden tokens probability 0. (It takes no more than 1,024 *allowed* ones.)
 
     Raises:
         ConfigError: for more forbidden tokens than vLLM takes.
@@ -107,27 +109,25 @@ def forbidding_bias(forbidden: tuple[int, ...]) -> dict[int, float]:
 def _start_llm(cfg: Config, policy_folder: str) -> LLM:
     rollout = cfg.rollout
     length = rollout.max_prompt_tokens + rollout.max_new_tokens
-    options: dict[str, Any] = {}
     if rollout.weight_sync is WeightSync.shm:
         shm_transfer.register()
         backend = shm_transfer.BACKEND
-    else:
-        if not torch.cuda.is_available():
-            raise SkyrlError(
-                f"rollout.weight_sync={rollout.weight_sync.value} needs CUDA in the rollout process; on CPU use shm"
-            )
+    elif torch.cuda.is_available():
         backend = rollout.weight_sync.value
+    else:
+        raise SkyrlError(
+            f"rollout.weight_sync={rollout.weight_sync.value} needs CUDA in the rollout process; on CPU use shm"
+        )
+    options: dict[str, Any] = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
     if rollout.device == "cpu":
         # Chunked prefill is off: with per-request seeds vLLM 0.32 rewinds a random generator after a partial prefill
         # by its offset, and CPU generators have none.
-        options |= {
+        options = {
             "enforce_eager": True,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, length),
             "skip_mm_profiling": True,
         }
-    else:
-        options |= {"gpu_memory_utilization": rollout.gpu_memory_utilization}
     llm = LLM(
         model=policy_folder,
         dtype=cfg.model.dtype,

@@ -107,9 +107,7 @@ class ClusterConfig(Settings):
     num_cpus: Count | None = None
     """CPUs of a local Ray; null means all cores."""
     dashboard: bool = True
-    """Start the Ray dashboard with a local Ray."""
-    dashboard_port: Annotated[int, Field(ge=0, le=65535)] = 8265
-    """Its port; the next free one is taken."""
+    """Start the Ray dashboard with a local Ray, on port 8265 or the next free one."""
     spread: bool = True
     """Place the workers of one kind on different nodes where possible."""
 

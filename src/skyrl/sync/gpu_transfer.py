@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,21 +12,14 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 
 from skyrl.records import SkyrlError
 from skyrl.settings import Config, WeightSync
-from skyrl.sync.snapshot import Layout
-
-NamedParameters = Callable[[], Iterator[tuple[str, torch.Tensor]]]
+from skyrl.sync.snapshot import Layout, byte_size
 
 
 class LearnerSource(WeightSource):
-    """The learner's parameters as vLLM wants to read them.
+    """The learner's parameters, of this ``layout``, as vLLM wants to read them. ``named_parameters`` is called once a
+    sync; under ZeRO-3 it gathers whole tensors one by one, on all ranks in the same order."""
 
-    Args:
-        named_parameters: Called once a sync. Under ZeRO-3 it gathers whole tensors one by one, on all ranks in the same
-            order.
-        layout: Theirs.
-    """
-
-    def __init__(self, named_parameters: NamedParameters, layout: Layout) -> None:
+    def __init__(self, named_parameters: Callable[[], Iterator[tuple[str, torch.Tensor]]], layout: Layout) -> None:
         self.named_parameters, self.layout = named_parameters, layout
 
     def metadata(self) -> list[ParamMeta]:
@@ -41,14 +33,12 @@ class VllmSender:
     """Sends the learner's weights with the backend that ``rollout.weight_sync`` names.
 
     Args:
-        cfg: The whole configuration.
         control: The four control-plane calls, reaching every rollout engine.
-        source: The learner's parameters.
         rank: Learner rank; rank 0 sends.
         host: Address of this host, where the rollout engines meet rank 0 (nccl).
 
     Raises:
-        SkyrlError: without CUDA, or for the ``shm`` backend, which needs no sender.
+        SkyrlError: without CUDA.
     """
 
     def __init__(self, cfg: Config, control: Any, source: LearnerSource, rank: int, host: str) -> None:
@@ -64,6 +54,7 @@ class VllmSender:
 
 
 def _init_info(cfg: Config, rank: int, host: str, layout: Layout) -> Any:
+    """Of ``nccl`` or ``ipc``: ``shm`` has no sender."""
     if cfg.rollout.weight_sync is WeightSync.nccl:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -76,13 +67,10 @@ def _init_info(cfg: Config, rank: int, host: str, layout: Layout) -> Any:
             world_size=1 + cfg.rollout.num_workers * cfg.rollout.tensor_parallel_size,
             rank=rank,
         )
-    if cfg.rollout.weight_sync is WeightSync.ipc:
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-        from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+    from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 
-        largest = max(dtype.itemsize * math.prod(shape) for _, dtype, shape in layout)
-        # Packed: copies chunk by chunk. Else every gathered parameter would stay until the last one is sent.
-        # A parameter that is larger than the buffer would be refused.
-        size = max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, largest)
-        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)
-    raise SkyrlError("rollout.weight_sync=shm needs no sender: the snapshot travels through Ray's object store")
+    # Packed: copies chunk by chunk. Else every gathered parameter would stay until the last one is sent.
+    # A parameter that is larger than the buffer would be refused.
+    size = max(DEFAULT_PACKED_BUFFER_SIZE_BYTES, *(byte_size(dtype, shape) for _, dtype, shape in layout))
+    return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=size)

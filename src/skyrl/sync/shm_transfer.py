@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from skyrl.records import SyncError, WeightSnapshot
 from skyrl.sync.snapshot import parameters_of

@@ -17,24 +17,24 @@ Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, type and whole shape of each parameter, in order."""
 
 
+def byte_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a whole parameter."""
+    return dtype.itemsize * math.prod(shape)
+
+
 def layout_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> Layout:
     """The layout of parameters, also of those that ZeRO-3 has cut in parts, without gathering them."""
     return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in parameters]
 
 
 def take_snapshot(parameters: Iterable[tuple[str, torch.Tensor]], layout: Layout, version: int) -> WeightSnapshot:
-    """Copy named parameters, which must be whole (gathered), into a :class:`WeightSnapshot`, one after the other: the
-    host never holds a large policy twice.
-
-    Args:
-        parameters: Name and tensor, of any type and on any device.
-        layout: Theirs, in the same order.
-        version: Weight updates that the policy has received.
+    """Copy named parameters, whole (gathered) and on any device, into a snapshot of the policy after ``version`` weight
+    updates, one after the other: the host never holds a large policy twice.
 
     Raises:
         SyncError: if the parameters are not those of the layout.
     """
-    sizes = [dtype.itemsize * math.prod(shape) for _, dtype, shape in layout]
+    sizes = [byte_size(dtype, shape) for _, dtype, shape in layout]
     offsets = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
     buffer = np.empty(offsets.pop(), dtype=np.uint8)
     flat = torch.from_numpy(buffer)
@@ -43,20 +43,14 @@ def take_snapshot(parameters: Iterable[tuple[str, torch.Tensor]], layout: Layout
         found, expected = (name, tensor.dtype, tuple(tensor.shape)), layout[copied] if copied < len(layout) else None
         if found != expected:
             raise SyncError(f"parameter {copied} of the policy is {found}; its layout says {expected}")
-        flat[offsets[copied] : offsets[copied] + sizes[copied]] = (
-            tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        )
+        start, bytes_of = offsets[copied], tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        flat[start : start + sizes[copied]] = bytes_of
         copied += 1
     if copied < len(layout):
         raise SyncError(f"the policy gave {copied} parameters; its layout has {len(layout)}")
-    return WeightSnapshot(
-        version=version,
-        names=[name for name, _, _ in layout],
-        shapes=[shape for _, _, shape in layout],
-        dtypes=[str(dtype).removeprefix("torch.") for _, dtype, _ in layout],
-        buffer=buffer,
-        offsets=offsets,
-    )
+    names, shapes = [name for name, _, _ in layout], [shape for _, _, shape in layout]
+    dtypes = [str(dtype).removeprefix("torch.") for _, dtype, _ in layout]
+    return WeightSnapshot(version, names, shapes, dtypes, buffer, offsets)
 
 
 def parameters_of(snapshot: WeightSnapshot) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,9 +67,7 @@ def parameters_of(snapshot: WeightSnapshot) -> Iterator[tuple[str, torch.Tensor]
         snapshot.names, snapshot.shapes, snapshot.dtypes, snapshot.offsets, strict=True
     ):
         dtype = getattr(torch, dtype_name)
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
+        size = byte_size(dtype, shape)
         if offset + size > snapshot.buffer.nbytes:
             raise SyncError(
                 f"weight snapshot {snapshot.version} ends at byte {snapshot.buffer.nbytes}, "

@@ -104,14 +104,15 @@ class Syncer:
     def _watch(self, sends: list[None]) -> None:
         """Return once every learner has sent. Raise what one raised, though others may wait for it, or why an engine
         could not receive: the learner then waits inside NCCL and can't say."""
-        deadline = time.monotonic() + self.cfg.controller.timeout
+        limit = self.cfg.controller.timeout
+        deadline = time.monotonic() + limit
         while True:
             done, left = self.learners.poll(sends, POLL_SECONDS)
             self.learners.fetch(done)
             if not left:
                 return
             if time.monotonic() > deadline:
-                raise SkyrlError(f"the weight sync took longer than controller.timeout={self.learners.timeout:g} s")
+                raise SkyrlError(f"the weight sync took longer than controller.timeout={limit:g} s")
             asked = self.rollouts.ask(Sampler.transfer_failure)  # waits for a running transfer
             for failure in self.rollouts.fetch(self.rollouts.poll(asked, POLL_SECONDS)[0]):
                 if failure is not None:

@@ -1,8 +1,8 @@
 """Rule verifiers by name.
 
 A verifier is a function ``(answer, truth) -> score in [0, 1]``; it raises on a broken truth and never guesses. It is
-known by an import path, ``package.module:function``, and not as an object: the process that runs it imports it by that
-path. One of your own gets its name in the setting ``reward.verifiers``, so that every process of a run knows it.
+known by its path, ``package.module:function``: the process that runs it imports it by that. One of your own gets its
+name in the setting ``reward.verifiers``, so that every process of a run knows it.
 """
 
 from __future__ import annotations
@@ -20,31 +20,19 @@ BUILTIN = {name: f"skyrl.rewards.verifiers.{name}:{name}_verifier" for name in B
 
 
 def verifier_reference(name: str, own: Mapping[str, str] | None = None) -> str:
-    """Import path of the verifier ``name``; a name with a colon is taken as one. Imports nothing.
-
-    Args:
-        own: ``reward.verifiers`` of the settings; ``None`` knows the built-in names only.
-
-    Raises:
-        DataError: for an unknown name.
-    """
-    if ":" in name:
-        return name
+    """Import path of the verifier ``name``, which is built in, one of ``own`` (``reward.verifiers``), or such a path
+    itself; :class:`DataError` for another one. Imports nothing."""
     known = BUILTIN | dict(own or {})
-    if name not in known:
+    if ":" not in name and name not in known:
         raise DataError(
             f"unknown verifier {name!r}; allowed: {', '.join(known)}, 'package.module:function', or a name that the "
             "setting reward.verifiers gives to one"
         )
-    return known[name]
+    return name if ":" in name else known[name]
 
 
 def load_verifier(reference: str) -> Verifier:
-    """Import a verifier by its path.
-
-    Raises:
-        DataError: if the module can't be found or has no such function.
-    """
+    """Import a verifier by its path; :class:`DataError` if the module can't be found or has no such function."""
     module, _, function = reference.partition(":")
     try:
         verifier: Verifier = getattr(import_module(module), function)
@@ -56,9 +44,6 @@ def load_verifier(reference: str) -> Verifier:
 
 
 def get_verifier(name: str) -> Verifier:
-    """The built-in verifier ``name`` or that of a path, imported into this process.
-
-    Raises:
-        DataError: for an unknown name or one that can't be imported.
-    """
+    """The built-in verifier ``name`` or that of a path, imported into this process. Errors are those of
+    :func:`verifier_reference` and :func:`load_verifier`."""
     return load_verifier(verifier_reference(name))

@@ -29,11 +29,7 @@ def parse_choice(text: str) -> str | None:
 
 
 def choice_verifier(answer: str, truth: str) -> float:
-    """1.0 if the answer names the same letter as the truth, else 0.0.
-
-    Raises:
-        DataError: if the truth names no letter A-J.
-    """
+    """1.0 if the answer names the same letter as the truth, else 0.0. A truth without one is a :class:`DataError`."""
     expected = parse_choice(truth)
     if expected is None:
         raise DataError(f"the truth {truth[:100]!r} of a 'choice' prompt names no letter A-J")

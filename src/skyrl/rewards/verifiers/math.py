@@ -1,7 +1,5 @@
-"""Mathematical equality with math-verify.
-
-Imported only in the verifier process: it loads sympy, and some expressions (``9^{9^{9}}``) keep sympy busy for
-ever, so that the process has to be killed.
+"""Mathematical equality with math-verify. Imported only in the verifier process: it loads sympy, which some expressions
+(``9^{9^{9}}``) keep busy for ever, so that the process has to be killed.
 """
 
 from __future__ import annotations
@@ -38,11 +36,8 @@ def _parse(text: str) -> list[Any]:
 def math_verifier(answer: str, truth: str) -> float:
     """1.0 if both are mathematically equal (``\\frac{1}{2}`` and ``0.5``, ``(x+1)^2`` expanded…), else 0.0.
 
-    Signs of per cent and degree count for nothing on either side. An answer that isn't readable as mathematics is
-    wrong. A failure inside the comparison is raised, not scored.
-
-    Raises:
-        DataError: if the truth can't be read as mathematics.
+    Signs of per cent and degree count for nothing on either side. An answer that can't be read as mathematics is wrong,
+    such a truth a :class:`DataError`. A failure inside the comparison is raised, not scored.
     """
     expected = _parse(truth)
     if not expected:

@@ -17,49 +17,28 @@ _NUMBER = re.compile(rf"({_PLAIN})(?:\s*/\s*({_PLAIN}))?\s*(%?)")
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Read a decimal (``-1,234.5``, ``2e3``), a fraction (``3/4``) or a percentage (``12%``, which is 0.12).
-
-    Surrounding whitespace and ``$`` are ignored, as is a final full stop; ``−`` counts as a minus sign.
-
-    Returns:
-        The exact value; ``None`` if the text isn't one number (``nan``, ``inf``, ``1/0`` and words aren't).
-    """
+    """The exact value of a decimal (``-1,234.5``, ``2e3``), a fraction (``3/4``) or a percentage (``12%``, which is
+    0.12); ``None`` if the text isn't one number (``nan``, ``inf``, ``1/0`` and words aren't). Whitespace and ``$``
+    around it are ignored, as is a final full stop; ``−`` counts as a minus sign."""
     text = text.strip().strip("$").strip()
     if len(text) > MAX_CHARACTERS:
         return None
     match = _NUMBER.fullmatch(text.replace("−", "-").removesuffix("."))
     if match is None:
         return None
-    numerator, denominator, percent = match.groups()
-    top = _plain(numerator)
-    bottom = Fraction(1) if denominator is None else _plain(denominator)
-    if top is None or not bottom:
-        return None
-    return top / bottom / (100 if percent else 1)
-
-
-def _plain(text: str) -> Fraction | None:
+    top, bottom, percent = (part and part.replace(",", "") for part in match.groups())
     try:
-        return Fraction(text.replace(",", ""))
-    except ValueError:  # the pattern lets through what has no digit, such as "-" or "."
+        return Fraction(top) / Fraction(1 if bottom is None else bottom) / (100 if percent else 1)
+    except (ValueError, ZeroDivisionError):  # the pattern lets through what has no digit, such as "-" or ".", and 1/0
         return None
 
 
 def numeric_verifier(answer: str, truth: str, tolerance: float = 1e-6) -> float:
-    """1.0 if |answer − truth| ≤ tolerance · max(1, |truth|), else 0.0.
-
-    Args:
-        answer: Whatever the policy wrote; anything but one number is wrong.
-        truth: A number, in one of the forms of :func:`parse_number`.
-        tolerance: Relative, and absolute for a truth below 1.
-
-    Raises:
-        DataError: if the truth isn't a number.
-    """
+    """1.0 if |answer − truth| ≤ tolerance · max(1, |truth|), else 0.0. An answer that :func:`parse_number` can't read
+    is wrong, such a truth a :class:`DataError`."""
     expected = parse_number(truth)
     if expected is None:
         raise DataError(f"the truth {truth[:MAX_CHARACTERS]!r} of a 'numeric' prompt is not a number such as -1,234.5")
     value = parse_number(answer)
-    if value is None:
-        return 0.0
-    return float(abs(value - expected) <= Fraction(tolerance) * max(Fraction(1), abs(expected)))
+    within = Fraction(tolerance) * max(Fraction(1), abs(expected))
+    return float(value is not None and abs(value - expected) <= within)
