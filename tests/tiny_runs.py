@@ -22,18 +22,22 @@ PROMPTS, SAMPLES = 6, 4
 
 @lru_cache(maxsize=1)
 def policy_folder(root: Path) -> str:
-    """A policy of the embedded architecture that was taught for some seconds: it keeps the form, and is often wrong."""
+    """A policy of the embedded architecture that was taught for some seconds, on batches of 16 instead of 64: it keeps
+    the form, and is often wrong. Made once for one ``root``."""
+    import pytest
     import torch
     from tiny_models import encoder, random_model
 
+    from skyrl.digits import training
     from skyrl.digits.scenes import DigitScenes
-    from skyrl.digits.training import warm_start
 
     folder, made = root / "policy", encoder()
     torch.set_num_threads(1)
     model = random_model(seed=1, scale=1.0)
     scenes = DigitScenes("train", 2_000, text_share=0.0, seed=0, kinds=("max",))
-    warm_start(model, made, scenes, steps=90, show=lambda *_: None)
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(training, "BATCH", 16)
+        training.warm_start(model, made, scenes, steps=120, show=lambda *_: None)
     model.save_pretrained(folder)
     made.processor.save_pretrained(folder)
     return str(folder)

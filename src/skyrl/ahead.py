@@ -25,7 +25,6 @@ from typing import Any
 from skyrl.batch.batcher import Batcher
 from skyrl.data.stream import PromptStream
 from skyrl.records import RolloutRequest, SampleGroup, SkyrlError
-from skyrl.rewards.rewarder import Rewarder
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, PairSource
 from skyrl.system import System
@@ -104,13 +103,11 @@ class Ahead:
         cfg, system = self.cfg, self.system
         places = self.stream.take(cfg.rollout.prompts_per_step)
         rows = places if self.rows is None else tuple(int(self.rows[place]) for place in places)
-        # Several promises per rollout member, so that every reward member gets a share.
-        pieces = -(-len(system.rewards) // len(system.rollouts))
         request = RolloutRequest(
             "train", rows, step, cfg.rollout.samples_per_prompt, greedy=False, seed=cfg.controller.seed
         )
-        fresh = system.rollouts.deal(Sampler.generate, request.shared_by(len(system.rollouts)), pieces=pieces)
-        judged = scored = system.rewards.deal(Rewarder.score, fresh)
+        fresh, judged = system.ask(request)
+        scored = judged
         if cfg.algorithm.mpo.pairs is PairSource.dropout_ntp and cfg.algorithm.weights(step)["mpo"] > 0:
             scored = system.rollouts.deal(Sampler.continue_blind, judged, step)
         return Rollout(step, rows, self.stream.state_dict(), fresh, judged, scored)

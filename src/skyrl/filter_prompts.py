@@ -109,8 +109,6 @@ def roll_out(cfg: Config, system: System, count: int, console: Console) -> list[
         One row per prompt, in order.
     """
     from skyrl.data.pool import PoolRow
-    from skyrl.rewards.rewarder import Rewarder
-    from skyrl.rollout.sampler import Sampler
 
     rollout, found = cfg.rollout, list[PoolRow]()
     asked: deque[tuple[range, list[list[SampleGroup]]]] = deque()
@@ -129,8 +127,7 @@ def roll_out(cfg: Config, system: System, count: int, console: Console) -> list[
             request = RolloutRequest(
                 "train", tuple(rows), STEP, rollout.samples_per_prompt, greedy=False, seed=cfg.controller.seed
             )
-            fresh = system.rollouts.deal(Sampler.generate, request.shared_by(len(system.rollouts)))
-            asked.append((rows, system.rewards.deal(Rewarder.score, fresh)))
+            asked.append((rows, system.ask(request)[1]))
             if len(asked) == IN_FLIGHT:
                 collect()
         while asked:

@@ -12,7 +12,7 @@ from skyrl.batch.batcher import Batcher
 from skyrl.crew.crew import Crew, Executor, LocalExecutor
 from skyrl.crew.placement import BUFFER_CPUS, Placement, check_resources
 from skyrl.learner.step import LearnerStep
-from skyrl.records import ConfigError
+from skyrl.records import ConfigError, RolloutRequest, SampleGroup
 from skyrl.rewards.rewarder import Rewarder
 from skyrl.rollout.engine import rollout_environment
 from skyrl.rollout.sampler import Sampler
@@ -40,6 +40,14 @@ class System:
     def crews(self) -> list[Crew[Any]]:
         """Those that there are."""
         return [crew for crew in (self.rollouts, self.rewards, self.buffer, self.learners) if crew is not None]
+
+    def ask(self, request: RolloutRequest) -> tuple[list[list[SampleGroup]], list[list[SampleGroup]]]:
+        """Let the rollout members answer a request, and the reward members score each part as it is ready. Returns at
+        once: promises of the parts in the order of the rows, as sampled and as scored. There are several parts for a
+        rollout member where that gives every reward member a share."""
+        pieces = -(-len(self.rewards) // len(self.rollouts))
+        fresh = self.rollouts.deal(Sampler.generate, request.shared_by(len(self.rollouts)), pieces=pieces)
+        return fresh, self.rewards.deal(Rewarder.score, fresh)
 
     def sizes(self) -> dict[str, int]:
         """Prompts per split, as the rollout members see them; waits until one is up."""

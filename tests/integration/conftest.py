@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from skyrl.digits.settings import DigitsConfig
 from skyrl.settings import Config, WandbMode
 
-TESTS = Path(__file__).parents[1]
 TINY = {"warm_start_steps": 90, "reward_body_steps": 10, "reward_steps": 4}
 """Settings of the small models; with them and the fixture's cache, other processes find the same ones."""
 
@@ -46,10 +44,3 @@ def make_config(model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return cfg
 
     return make
-
-
-@pytest.fixture
-def member_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray members and commands started in the test find the engines and backends that it names by path."""
-    for path in (TESTS.parent, TESTS, Path(__file__).parent):
-        monkeypatch.setenv("PYTHONPATH", str(path), prepend=os.pathsep)

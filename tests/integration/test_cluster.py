@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from tiny_runs import Sink
 
 from skyrl.crew.ray_executor import ray_session
 from skyrl.data.stream import PromptStream
@@ -17,6 +16,7 @@ from skyrl.records import ConfigError
 from skyrl.run import model_folders
 from skyrl.settings import Config
 from skyrl.system import start_system
+from tests.tiny_runs import Sink
 
 pytestmark = pytest.mark.integration
 

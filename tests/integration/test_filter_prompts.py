@@ -20,11 +20,9 @@ from skyrl.settings import Config
 pytestmark = pytest.mark.integration
 
 
-def test_the_pass_writes_a_pool_that_training_can_read(
-    make_config: Callable[..., Config], tmp_path: Path, member_path: None
-) -> None:
+def test_the_pass_writes_a_pool_that_training_can_read(make_config: Callable[..., Config], tmp_path: Path) -> None:
     cfg = make_config("filter")
-    cfg.rollout.engine = "plain_engine:PlainEngine"
+    cfg.rollout.engine = "tests.plain_engine:PlainEngine"
     cfg.filter.rows, cfg.filter.output = 14, str(tmp_path / "made" / "pool.parquet")
     console = Console(file=io.StringIO(), width=200)
     path = filter_prompts(cfg, console)

@@ -16,6 +16,7 @@ import pytest
 from .conftest import TINY
 
 pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
 
 
 def command(folder: Path, cache: Path, *overrides: str) -> list[str]:
@@ -50,7 +51,7 @@ def start(command: list[str], marker: str, folder: Path) -> subprocess.Popen[str
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=os.environ | {"SKYRL_TEST_MARKER": marker},
+        env=os.environ | {"SKYRL_TEST_MARKER": marker, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -121,10 +122,10 @@ def _exported_policy_serves(folder: Path) -> None:
     assert torch.isfinite(logits).all()
 
 
-def test_a_terminated_run_ends_as_an_interrupted_one(model_cache: Path, tmp_path: Path, member_path: None) -> None:
+def test_a_terminated_run_ends_as_an_interrupted_one(model_cache: Path, tmp_path: Path) -> None:
     """Only the signal is another one, and what it stops is the same: stand-ins take the place of the engine and the
     training library, which take long to start."""
-    plain = ("rollout.engine=plain_engine:PlainEngine", "learner.backend=plain_backend:PlainBackend")
+    plain = ("rollout.engine=tests.plain_engine:PlainEngine", "learner.backend=tests.plain_backend:PlainBackend")
     endless = ("controller.steps=500", "checkpoint.every=1", "checkpoint.export=false", "evaluation.every=0")
     marker, run = f"cut-{os.getpid()}", tmp_path / "smoke" / "first"
     assert interrupt(start(command(tmp_path, model_cache, *endless, *plain), marker, tmp_path), run, signal.SIGTERM)

@@ -17,9 +17,7 @@ from skyrl.settings import Config, Stage
 pytestmark = pytest.mark.integration
 
 
-def test_pairs_from_a_file_train_the_policy(
-    make_config: Callable[..., Config], tmp_path: Path, member_path: None
-) -> None:
+def test_pairs_from_a_file_train_the_policy(make_config: Callable[..., Config], tmp_path: Path) -> None:
     scenes = DigitScenes("train", 200, 0.2, seed=3)
     pairs = []
     for row in range(len(scenes)):
@@ -31,7 +29,7 @@ def test_pairs_from_a_file_train_the_policy(
     cfg = make_config("offline", tmp_path / "run")
     cfg.algorithm.stage, cfg.algorithm.mpo.weight = Stage.mpo, 1.0
     cfg.data.pairs_path, cfg.data.pairs_per_step = str(tmp_path / "pairs.parquet"), 12
-    cfg.rollout.engine = "plain_engine:PlainEngine"
+    cfg.rollout.engine = "tests.plain_engine:PlainEngine"
     cfg.controller.steps, cfg.learner.warmup_steps, cfg.learner.lr = 6, 0, 2e-4
     run(cfg)
 

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_runs
-from plain_backend import PlainBackend
-from plain_engine import PlainEngine
 
 from skyrl.crew.ray_executor import ray_session
 from skyrl.data.stream import PromptStream
@@ -21,6 +18,9 @@ from skyrl.loop import Loop
 from skyrl.run import model_folders
 from skyrl.settings import Config
 from skyrl.system import start_system
+from tests import tiny_runs
+from tests.plain_backend import PlainBackend
+from tests.plain_engine import PlainEngine
 
 pytestmark = pytest.mark.integration
 SAMPLING, LEARNING = 2.0, 1.0
@@ -40,11 +40,11 @@ class SlowBackend(PlainBackend):
 
 
 def test_a_lag_hides_the_learner_behind_the_engine_and_the_sync_holds_no_sampling(
-    tmp_path: Path, make_config: Callable[..., Config], member_path: None
+    tmp_path: Path, make_config: Callable[..., Config]
 ) -> None:
     policy = model_folders(make_config("policy"))[0]
     cfg = tiny_runs.config(tmp_path, steps=4, lag=1)
-    cfg.rollout.engine, cfg.learner.backend = "test_overlap:SlowEngine", "test_overlap:SlowBackend"
+    cfg.rollout.engine, cfg.learner.backend = f"{__name__}:SlowEngine", f"{__name__}:SlowBackend"
     cfg.data.eval_size, cfg.hallucination.probe_prompts, cfg.checkpoint.every = 2, 0, 0
     cfg.cluster.dashboard = False
     sinks = {}

@@ -53,7 +53,7 @@ class Brevity(Term):
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return policy_folder(tmp_path_factory.mktemp("tiny"))
+    return policy_folder(tmp_path_factory.getbasetemp())
 
 
 def with_term(cfg: Config, weight: float = 0.01, **settings: Any) -> Config:

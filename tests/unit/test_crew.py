@@ -74,10 +74,10 @@ def test_a_pair_comes_as_two_promises() -> None:
 def test_a_rebuilt_member_starts_from_its_spec_and_the_others_stay() -> None:
     made = crew(1, 10)
     made.each(Counter.add, 5)
-    old = made.members[0].build()
-    made.rebuild(0)
+    old = made.members[1].build()
+    made.rebuild(1)
     assert old.closed
-    assert made.each(Counter.add, 0) == [1, 15]
+    assert made.each(Counter.add, 0) == [6, 10]
 
 
 def test_what_a_constructor_raises_is_raised_and_the_members_before_it_are_ended() -> None:

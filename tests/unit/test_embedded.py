@@ -30,13 +30,14 @@ import math
 
 TWO: int = 2
 POWER = TWO
+LEFT, RIGHT = 1, 5
 OTHER = 3
 
 
 def area(radius: float) -> float:
     """Of a circle."""
     # Archimedes knew it.
-    return math.pi * radius**POWER
+    return math.pi * radius**POWER * LEFT
 
 
 def other() -> int:
@@ -95,6 +96,7 @@ def test_comments_layout_and_what_does_not_run_are_not_in_the_key(old: str, new:
         ("return math", "math"),
         ("POWER = TWO", "POWER = -TWO"),
         ("TWO: int = 2", "TWO: int = 3"),  # named by what is named
+        ("LEFT, RIGHT = 1, 5", "LEFT, RIGHT = 2, 5"),
         ("side * side", "side + side"),
     ],
 )

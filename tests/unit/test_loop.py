@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from tiny_runs import PROMPTS, Watched, config, numbers, policy_folder, run_loop
 
+from skyrl.crew.crew import Member, MemberSpec
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
-from skyrl.records import SampleGroup, SkyrlError, TrainBatch
+from skyrl.records import SampleGroup, SkyrlError, SyncError, TrainBatch
 from skyrl.settings import PairSource, Stage
 
 STEPS = 4
@@ -24,7 +25,7 @@ STEPS = 4
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return policy_folder(tmp_path_factory.mktemp("tiny"))
+    return policy_folder(tmp_path_factory.getbasetemp())
 
 
 def asked(batches: list[TrainBatch]) -> list[set[str]]:
@@ -146,6 +147,33 @@ def test_times_add_up_and_throughput_uses_the_step(policy: str, tmp_path: Path, 
             "time/rollout": 1.0 + lag
         }
         assert metrics["throughput/samples_per_second"] == pytest.approx(24 / metrics["time/step"]), step
+
+
+# ---------------------------------------------------------------- several members
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_how_many_members_share_the_work_changes_no_number(policy: str, tmp_path: Path, lag: int) -> None:
+    alone = numbers(run_loop(config(tmp_path / "alone", 3, lag), policy))
+    cfg = config(tmp_path / "shared", 3, lag)
+    cfg.rollout.num_workers, cfg.reward.num_workers = 2, 3
+    shared = numbers(run_loop(cfg, policy))
+    assert shared == alone and shared.keys() == {1, 2, 3}
+
+
+def test_one_rollout_member_with_old_weights_stops_the_run(policy: str, tmp_path: Path) -> None:
+    class Deaf(Watched):
+        def start(self, spec: MemberSpec[Any]) -> Member[Any]:
+            member = super().start(spec)
+            if spec.name == "rollout-1":
+                member.build().engine.load = lambda snapshot: None
+            return member
+
+    cfg, watched = config(tmp_path, 3), Deaf()
+    cfg.rollout.num_workers = 2
+    with pytest.raises(SyncError, match="after weight sync 1 rollout and learner differ"):
+        run_loop(cfg, policy, watched)
+    assert watched.calls.count("train_step") == 1
 
 
 # ---------------------------------------------------------------- order and schedules

@@ -5,7 +5,6 @@ import io
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +21,7 @@ from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup
 from skyrl.rewards.rewarder import Rewarder
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, DataConfig
+from skyrl.system import System
 
 RATES = (0.0, 0.25, None, 1.0, 0.5, 0.75, 1.0)
 DATA = DataConfig()
@@ -208,10 +208,10 @@ class FakeCrew:
     def __len__(self):
         return 1
 
-    def deal(self, function, parts):
+    def deal(self, function, parts, pieces=1):
         if function is Rewarder.score:
             return parts
-        assert function is Sampler.generate
+        assert function is Sampler.generate and pieces == 1
         self.asked += parts
         return [[self.group(row, request) for row in request.rows] for request in parts]
 
@@ -228,7 +228,7 @@ class FakeCrew:
 def test_the_pass_asks_in_chunks_two_at_a_time_and_keeps_the_order():
     crew, cfg = FakeCrew(), Config()
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.controller.seed = 4, 3, 8
-    found = roll_out(cfg, SimpleNamespace(rollouts=crew, rewards=crew), 10, Console(file=io.StringIO()))
+    found = roll_out(cfg, System(crew, crew), 10, Console(file=io.StringIO()))
     assert [request.rows for request in crew.asked] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
     asked = {(one.split, one.step, one.samples_per_prompt, one.greedy, one.seed, one.blind) for one in crew.asked}
     assert asked == {("train", STEP, 3, False, 8, False)}

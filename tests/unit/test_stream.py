@@ -64,6 +64,7 @@ def test_more_rows_than_there_are() -> None:
         ({"position": 11}, "out of range"),
         ({"epoch": -1}, "out of range"),
         ({"taken": [10]}, "out of range"),
+        ({"taken": [1, 2], "head": 9}, "out of range"),
         ({"more": 1}, "allowed: exactly"),
     ],
 )

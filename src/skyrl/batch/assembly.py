@@ -76,11 +76,8 @@ def members(group: SampleGroup) -> list[Sample]:
 
 
 def group_pairs(gated: Gated, source: PairSource, most: int, tau: float) -> list[Pair]:
-    """At most ``most`` pairs of one group; samples that can't train take no part, and one that the gate holds is never
-    chosen. Their margins are at least τ, which has no meaning for ``dropout_ntp``: its pairs have none.
-
-    Returns:
-        Places in :func:`members`.
+    """At most ``most`` pairs of places in :func:`members`; samples that can't train take no part, and one that the gate
+    holds is never chosen. Margins are at least τ, which has no meaning for ``dropout_ntp``: its pairs have none.
 
     Raises:
         DataError: if reward-model scores that are needed are not finite.
@@ -121,10 +118,8 @@ def add_group(batch: TrainBatch, group: SampleGroup, trained: list[int], found: 
 
 
 def margin_candidates(gated: list[Gated], source: PairSource) -> list[Candidate]:
-    """The first pair that each group would form without a threshold: its margin, labelled by its chosen answer.
-
-    Pairs without a margin (no reward model, or ``dropout_ntp``) are compared with nothing and left out.
-    """
+    """The first pair that each group would form without a threshold: its margin, labelled by its chosen answer. Those
+    without a margin (no reward model, or ``dropout_ntp``) are compared with nothing and left out."""
     firsts = [(one, *pair) for one in gated for pair in group_pairs(one, source, 1, NO_THRESHOLD)]
     return [_candidate(one, chosen, margin) for one, chosen, _, margin in firsts if margin is not None]
 

@@ -58,7 +58,6 @@ class Batcher:
         the τ of a step is decided by earlier steps only, so it can't fit itself to the answers that it judges.
 
         Args:
-            step: number of the step, from 1.
             version: weight updates that the learner has received.
             parts: lists of scored groups, in the order of the prompts.
 

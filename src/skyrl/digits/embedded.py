@@ -88,7 +88,8 @@ def _code_digest(source: str, names: Collection[str]) -> str:
     for node in tree.body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            others |= {target.id: node for target in targets if isinstance(target, ast.Name)}
+            single = [part for target in targets for part in getattr(target, "elts", [target])]
+            others |= {part.id: node for part in single if isinstance(part, ast.Name)}
         elif isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
                 name = alias.asname or alias.name.partition(".")[0]

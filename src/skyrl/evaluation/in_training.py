@@ -11,8 +11,6 @@ from skyrl.evaluation.picture_drop import picture_drop
 from skyrl.evaluation.summary import evaluate
 from skyrl.monitoring.records import read_json, write_json
 from skyrl.records import Metrics, RolloutRequest, SampleGroup
-from skyrl.rewards.rewarder import Rewarder
-from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config
 from skyrl.system import System
 
@@ -48,8 +46,6 @@ def evaluate_policy(cfg: Config, system: System, step: int, run_dir: Path, clock
 
 def _answers(system: System, request: RolloutRequest) -> list[list[SampleGroup]]:
     """Promises of the scored groups; waits for them."""
-    pieces = -(-len(system.rewards) // len(system.rollouts))
-    fresh = system.rollouts.deal(Sampler.generate, request.shared_by(len(system.rollouts)), pieces=pieces)
-    scored = system.rewards.deal(Rewarder.score, fresh)
+    _, scored = system.ask(request)
     system.rewards.wait(scored)
     return scored

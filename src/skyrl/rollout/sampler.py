@@ -71,10 +71,7 @@ class Sampler:
         DropoutNTP of InternVL's MPO: a continuation that can't look any more tends to make things up, which makes it
         the rejected answer of a pair whose chosen one is the whole answer. Groups without a picture, or without an
         answer that can be cut, keep ``blind=None``. With ``reward.truncated=leave_out`` no token of a continuation that
-        reaches the limit may be trained on.
-
-        Returns:
-            ``groups`` itself.
+        reaches the limit may be trained on. Returns ``groups`` itself.
 
         Raises:
             DataError: as :meth:`generate`.
