@@ -62,9 +62,9 @@ def session() -> Iterator[None]:
         yield
 
 
-def crew(names: list[str], timeout: float = 60.0, broken: bool = False) -> Crew[Worker]:
+def crew(names: list[str], broken: bool = False) -> Crew[Worker]:
     specs = [MemberSpec(name, Worker, (name, broken), cpus=0.1) for name in names]
-    return Crew(EXECUTOR, specs, timeout)
+    return Crew(EXECUTOR, specs, timeout=60.0)
 
 
 def test_promises_go_from_crew_to_crew_without_passing_here() -> None:
@@ -114,8 +114,9 @@ def test_a_member_that_may_be_restarted_answers_the_call_that_it_died_in(tmp_pat
 
 
 def test_a_call_that_does_not_end_names_itself() -> None:
-    made = crew(["slow-0"], timeout=1.0)
+    made = crew(["slow-0"])
     made.one(Worker.count)
+    made.timeout = 1.0  # now that it is up
     with pytest.raises(SkyrlError, match=r"^slow-0 Worker\.sleep took longer than controller\.timeout=1 s$"):
         made.one(Worker.sleep, 30.0)
     with pytest.raises(SkyrlError, match=r"^slow-0 Worker\.sleep took longer than controller\.timeout=1 s$"):

@@ -16,12 +16,7 @@ def test_every_knob_arrives() -> None:
     assert config["gradient_clipping"] == 0.7
     assert config["gradient_accumulation_steps"] == 1
     assert config["optimizer"]["type"] == "AdamW"
-    assert config["optimizer"]["params"] == {
-        "lr": 3e-4,
-        "betas": [0.8, 0.95],
-        "weight_decay": 0.1,
-        "torch_adam": True,
-    }
+    assert config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.8, 0.95], "weight_decay": 0.1, "torch_adam": True}
     assert not config.keys() & {"bf16", "fp16"}
 
 

@@ -128,12 +128,7 @@ def test_rows_are_padded_on_the_right_and_masks_say_what_is_what() -> None:
 def test_pictures_are_joined_in_row_order_also_with_several_a_prompt() -> None:
     maker = encoder()
     black, dark, white = (picture(shade) for shade in SHADES)
-    asked = [
-        prompt("two", dark, white),
-        prompt("none"),
-        prompt("three", white, black, dark),
-        prompt("one", black),
-    ]
+    asked = [prompt("two", dark, white), prompt("none"), prompt("three", white, black, dark), prompt("one", black)]
     batch = maker.collate([row(maker, p) for p in asked])
     values = batch.pictures["pixel_values"]
     assert values.shape == (6, 1, 3, 32, 32)

@@ -89,12 +89,7 @@ FAMILIES: dict[str, tuple[Any, Any, set[str], set[str]]] = {
         {"multi_modal_projector"},
     ),
     "Llava": (("Llama", TEXT), ("CLIPVision", VIT), {"vision_tower"}, {"multi_modal_projector"}),
-    "LlavaNext": (
-        ("Llama", TEXT),
-        ("CLIPVision", VIT),
-        {"vision_tower"},
-        {"multi_modal_projector", "image_newline"},
-    ),
+    "LlavaNext": (("Llama", TEXT), ("CLIPVision", VIT), {"vision_tower"}, {"multi_modal_projector", "image_newline"}),
     "LlavaOnevision": (
         ("Qwen2", TEXT),
         ("SiglipVision", VIT),

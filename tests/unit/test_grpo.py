@@ -44,8 +44,7 @@ def plain_reference(logprobs, behaviour, advantages, mask, weights, reference, c
 
 
 @pytest.mark.parametrize(
-    ("advantage", "ratio", "objective"),
-    [(1, 1.3, 1.2), (1, 0.7, 0.7), (-1, 1.3, -1.3), (-1, 0.7, -0.8), (-1, 5, -5)],
+    ("advantage", "ratio", "objective"), [(1, 1.3, 1.2), (1, 0.7, 0.7), (-1, 1.3, -1.3), (-1, 0.7, -0.8), (-1, 5, -5)]
 )
 def test_clipped_objective_by_hand(advantage, ratio, objective):
     loss, sums = grpo_loss(

@@ -14,13 +14,7 @@ from skyrl.settings import GrpoConfig, KlEstimator, KlPlace
 
 @pytest.mark.parametrize(
     ("place", "kind", "forward", "reverse"),
-    [
-        ("loss", "k1", 0, 0),
-        ("loss", "k2", 1, 0),
-        ("loss", "k3", 0, 1),
-        ("reward", "k1", 1, 0),
-        ("reward", "k3", 1, -1),
-    ],
+    [("loss", "k1", 0, 0), ("loss", "k2", 1, 0), ("loss", "k3", 0, 1), ("reward", "k1", 1, 0), ("reward", "k3", 1, -1)],
 )
 def test_expected_gradients_of_the_kl_estimators(place, kind, forward, reverse) -> None:
     """Over all tokens of a small vocabulary: ``forward`` · ∇ KL(π ‖ π_ref) + ``reverse`` · ∇ KL(π_ref ‖ π).

@@ -51,6 +51,7 @@ def test_every_sample_is_as_old_as_the_lag_says(policy: str, tmp_path: Path, lag
     calls = [call for call in watched.calls if call in ("generate", "train_step")]
     before_first = calls[1:].index("train_step")  # the first call is the evaluation's
     assert before_first == min(lag, STEPS - 1) + 2  # the blind probe's, step 1's, and those ahead
+    assert calls.count("generate") == STEPS + 4  # two evaluations ask twice; nothing is asked for beyond the last step
 
 
 def test_the_gap_of_fresh_answers_is_that_of_on_policy_ones_only(policy: str, tmp_path: Path) -> None:
@@ -152,13 +153,16 @@ def test_times_add_up_and_throughput_uses_the_step(policy: str, tmp_path: Path, 
 # ---------------------------------------------------------------- several members
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_how_many_members_share_the_work_changes_no_number(policy: str, tmp_path: Path, lag: int) -> None:
-    alone = numbers(run_loop(config(tmp_path / "alone", 3, lag), policy))
-    cfg = config(tmp_path / "shared", 3, lag)
+@pytest.mark.parametrize("lag", [0, 2])
+def test_members_that_share_the_work_and_two_kills_change_no_number(policy: str, tmp_path: Path, lag: int) -> None:
+    """The second kill comes when the checkpoint is of a step whose answers the first one held."""
+    alone = numbers(run_loop(config(tmp_path / "alone", STEPS, lag), policy))
+    cfg = config(tmp_path / "shared", STEPS, lag)
     cfg.rollout.num_workers, cfg.reward.num_workers = 2, 3
-    shared = numbers(run_loop(cfg, policy))
-    assert shared == alone and shared.keys() == {1, 2, 3}
+    shared = numbers(run_loop(cfg, policy, kill_at=2))
+    for kill_at in (3, None):
+        shared |= numbers(run_loop(cfg, policy, kill_at=kill_at, resume=True))
+    assert shared == alone and shared.keys() == {1, 2, 3, 4}
 
 
 def test_one_rollout_member_with_old_weights_stops_the_run(policy: str, tmp_path: Path) -> None:

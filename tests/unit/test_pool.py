@@ -111,8 +111,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "rows"),
-    [(0.0, 1.0, [1, 4, 5]), (0.25, 0.75, [4]), (0.2, 0.75, [1, 4]), (0.5, 1.0, [5])],
+    ("low", "high", "rows"), [(0.0, 1.0, [1, 4, 5]), (0.25, 0.75, [4]), (0.2, 0.75, [1, 4]), (0.5, 1.0, [5])]
 )
 def test_the_limits_are_strict_and_what_was_not_scored_is_left_out(path, low, high, rows):
     rewrite(path, lambda table: table.take(list(reversed(range(7)))))  # the order of the file does not matter

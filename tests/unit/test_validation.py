@@ -179,11 +179,7 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
         ["digits", "a..b", ".hidden", "übung 3", 2026],
         ["", ".", "..", "../../x", "/x", "a/b", "a\\b", "a\nb", "a\x1b[31m", "a\u202eb", None, False],
     ),
-    "text": (
-        "run_dir resume model.policy filter.output monitoring.wandb_project",
-        [],
-        [None, False, []],
-    ),
+    "text": ("run_dir resume model.policy filter.output monitoring.wandb_project", [], [None, False, []]),
     "null, or text": (
         "model.reward digits.cache_dir data.train_path data.eval_path data.pool_path data.pairs_path cluster.address",
         [None],

@@ -39,8 +39,7 @@ def _threshold(prefix: str, what: str) -> dict[str, MetricInfo]:
     return {
         f"{prefix}/tau": _M("-", f"τ on {what}, raw reward-model units; absent while nothing passes."),
         f"{prefix}/controlled": _M(
-            "-",
-            "1 if the last calibration found a τ that keeps the risk under its target; 0: fallback or first value.",
+            "-", "1 if the last calibration found a τ that keeps the risk under its target; 0: fallback or first value."
         ),
         f"{prefix}/labelled": _M("samples", "Candidates in the calibration window whose facts are known."),
         f"{prefix}/acceptance": _M("share", "Candidates at or above τ, of the window."),

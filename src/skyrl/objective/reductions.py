@@ -13,10 +13,7 @@ CHUNK_ELEMENTS = 2**26
 
 
 def token_logprobs(
-    logits: Tensor,
-    ids: Tensor,
-    temperature: float = 1.0,
-    forbidden_ids: Sequence[int] = (),
+    logits: Tensor, ids: Tensor, temperature: float = 1.0, forbidden_ids: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of the distribution it was drawn from.
 

@@ -78,11 +78,7 @@ class Syncer:
                 "The rollout workers do not hold the learner's weights; nothing was trained on them"
             )
         seconds = time.perf_counter() - started
-        return metrics | {
-            "sync/logprob_gap": gap.largest,
-            "sync/logprob_gap_mean": gap.mean,
-            "sync/seconds": seconds,
-        }
+        return metrics | {"sync/logprob_gap": gap.largest, "sync/logprob_gap_mean": gap.mean, "sync/seconds": seconds}
 
     def gap(self) -> Gap:
         """The probe alone."""
