@@ -50,19 +50,19 @@ class Worker:
 
     def run(self, job: Job, commit: str) -> Row:
         from skyrl.cli import compose_config
-        from skyrl.crew.crew import LocalExecutor
+        from skyrl.crew.crew import Crew, LocalExecutor
         from skyrl.crew.placement import Placement
         from skyrl.data.stream import PromptStream
         from skyrl.loop import Loop
         from skyrl.run import model_folders
-        from skyrl.system import rollout_crew, start_system
+        from skyrl.system import rollout_specs, start_system
 
         cfg = compose_config(job.overrides())
         policy, reward = model_folders(cfg)
         executor = LocalExecutor()
         if self.rollouts is None:
             here = Placement(cfg, [{"Resources": {"CPU": 1}}])
-            self.rollouts = rollout_crew(cfg, here, policy, executor)
+            self.rollouts = Crew(executor, rollout_specs(cfg, here, policy), cfg.controller.timeout)
         self.rollouts.each(_use, cfg)
         started = time.monotonic()
         sink = _Sink()

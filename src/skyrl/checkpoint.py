@@ -1,4 +1,5 @@
-"""Checkpoints of a run: written atomically, verified before they are trusted."""
+"""Files of a run: checkpoints, written atomically and verified before they are trusted; and its folder, claimed by one
+process and held while that lives."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +26,8 @@ SETTINGS = "config.json"
 """A run folder's file of settings."""
 LOCK = ".lock"
 """A run folder's lock file."""
+BY_TIME = re.compile(r"\d{4}-\d{2}-\d{2}_\d{2}-\d{2}-\d{2}")
+"""Name of a folder that nobody chose: the time at which the run was started."""
 FREE = (
     *("resume", "run_dir", "monitoring.", "cluster.", "checkpoint.", "evaluation.", "hallucination.", "filter."),
     *("controller.steps", "controller.timeout", "digits.cache_dir", "data.eval_size"),
@@ -231,3 +236,52 @@ def _files(folder: Path) -> list[str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+def new_folder(run_dir: Path) -> Path:
+    """Make the folder of a fresh run. One that is named by the time gets a number if another run has it already.
+
+    Raises:
+        SkyrlError: if it holds a run, or can't be made.
+    """
+    try:
+        if not BY_TIME.fullmatch(run_dir.name):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if (run_dir / SETTINGS).exists():
+                raise SkyrlError(f"run_dir={run_dir} holds a run already ({SETTINGS}); set another one, or resume=auto")
+            return run_dir
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        candidate, number = run_dir, 1
+        while True:
+            try:
+                candidate.mkdir()
+                return candidate
+            except FileExistsError:
+                number += 1
+                candidate = run_dir.with_name(f"{run_dir.name}-{number}")
+    except OSError as error:
+        raise SkyrlError(f"run_dir={run_dir} can't be made: {error}; set another one") from error
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Hold the folder against other processes; the lock goes with this process, however it ends.
+
+    Raises:
+        SkyrlError: if a living process holds it (on file systems that know locks), or nothing can be written there.
+    """
+    try:
+        handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise SkyrlError(f"run_dir={run_dir} can't be written to: {error}; set another one") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SkyrlError(f"run_dir={run_dir} is in use by a run that is still going on") from error
+        yield
+    finally:
+        os.close(handle)

@@ -28,7 +28,7 @@ from skyrl.ahead import Ahead
 from skyrl.batch.batcher import Batcher
 from skyrl.checkpoint import Checkpoints, read_state
 from skyrl.data.stream import PromptStream
-from skyrl.evaluation.in_training import evaluate_policy
+from skyrl.evaluation.summary import evaluate_policy
 from skyrl.learner.step import LearnerStep
 from skyrl.monitoring.laps import Laps
 from skyrl.monitoring.sinks import MetricSink

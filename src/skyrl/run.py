@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, read_state
+from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, held, new_folder, read_state
 from skyrl.crew.crew import Executor
 from skyrl.crew.ray_executor import ray_session
 from skyrl.data.stream import PromptStream
@@ -19,10 +19,9 @@ from skyrl.loop import Loop
 from skyrl.monitoring.metrics import metric_table
 from skyrl.monitoring.records import jsonable, read_json, read_metrics, write_json
 from skyrl.monitoring.report import write_report
-from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, MetricSink, Sinks, WandbSink, wandb_mode
+from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, MetricSink, RayGaugeSink, Sinks, WandbSink, wandb_mode
 from skyrl.monitoring.summary import print_summary, write_summary
 from skyrl.records import DataError
-from skyrl.run_folder import held, new_folder
 from skyrl.settings import Config, WandbMode
 from skyrl.system import start_system
 
@@ -149,7 +148,5 @@ def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console
     if mode is not WandbMode.off:
         sinks.append(WandbSink(run_dir, project=cfg.monitoring.wandb_project, name=cfg.name, mode=mode, config=cfg))
     if cfg.monitoring.ray_metrics:
-        from skyrl.monitoring.gauges import RayGaugeSink
-
         sinks.append(RayGaugeSink(f"{cfg.name}/{run_dir.name}"))
     return Sinks(sinks, metric_table(cfg))

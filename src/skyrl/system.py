@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from skyrl.batch.batcher import Batcher
-from skyrl.crew.crew import Crew, Executor, LocalExecutor
+from skyrl.crew.crew import Crew, Executor, LocalExecutor, MemberSpec
 from skyrl.crew.placement import BUFFER_CPUS, Placement, check_resources
 from skyrl.learner.step import LearnerStep
 from skyrl.records import ConfigError, RolloutRequest, SampleGroup
@@ -86,18 +87,32 @@ def start_system(
         nodes = [{"Resources": {"CPU": os.cpu_count() or 1}}]
         if isinstance(executor, LocalExecutor) and cfg.learner.num_workers > 1:
             raise ConfigError(f"learner.num_workers={cfg.learner.num_workers}: must be 1 where all runs in one process")
-    placement, crews = Placement(cfg, nodes, train), list[Crew[Any]]()
-    try:
+    placement = Placement(cfg, nodes, train)
+    with ExitStack() as stack:
+
+        def started(specs: list[MemberSpec[R]]) -> Crew[R]:
+            crew = Crew(executor, specs, cfg.controller.timeout)
+            stack.callback(crew.stop)
+            return crew
+
         placement.reserve()
-        system = System(
-            rollouts or _keep(crews, rollout_crew(cfg, placement, policy, executor)),
-            _keep(crews, _rewards(cfg, placement, policy, reward, executor)),
-        )
+        stack.callback(placement.release)
+        gpu = 1 if cfg.reward.device == "cuda" and reward is not None else 0
+        judges = placement.specs(
+            "reward", Rewarder, cfg.reward, lambda _, threads: (cfg, policy, reward, threads), gpus=gpu,
+            restarts=REWARD_RESTARTS,
+        )  # fmt: skip
+        system = System(rollouts or started(rollout_specs(cfg, placement, policy)), started(judges))
         up = [*system.rollouts.ask(Sampler.sizes), *system.rewards.ask(Rewarder.ready)]
         if train:
-            spec = placement.spec("sample-buffer", Batcher, (cfg, policy), BUFFER_CPUS, {})
-            system.buffer = _keep(crews, Crew(executor, [spec], cfg.controller.timeout))
-            system.learners = _keep(crews, _learners(cfg, placement, policy, executor))
+            system.buffer = started([MemberSpec("sample-buffer", Batcher, (cfg, policy), BUFFER_CPUS)])
+            device = cfg.learner.device
+            ranks = placement.specs(
+                "learner", LearnerStep, cfg.learner, lambda rank, threads: (cfg, policy, rank, threads),
+                lambda threads: {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": device},
+                gpus=1 if device == "cuda" else 0, shares_gpu=True,
+            )  # fmt: skip
+            system.learners = started(ranks)
             port = system.learners.one(LearnerStep.free_port)
             if placement.shares_gpus:  # an engine measures its memory, and must be alone on its GPU meanwhile
                 system.rollouts.each(Sampler.sizes)
@@ -106,51 +121,10 @@ def start_system(
             system.syncer = Syncer(system.learners, system.rollouts, cfg)
         system.rollouts.fetch(up)
         yield system
-    finally:
-        for crew in crews:
-            crew.stop()
-        placement.release()
 
 
-def _keep(crews: list[Crew[Any]], crew: Crew[R]) -> Crew[R]:
-    """Note a crew that must be stopped, also if a later one fails to start."""
-    crews.append(crew)
-    return crew
-
-
-def rollout_crew(cfg: Config, placement: Placement, policy: str, executor: Executor) -> Crew[Sampler]:
-    """The members that sample, not waited for."""
-    rollout = cfg.rollout
-    env = rollout_environment(rollout, placement.threads(rollout.threads, rollout.num_workers))
-    gpus = rollout.tensor_parallel_size if rollout.device == "cuda" else 0
-    specs = [
-        placement.spec(f"rollout-{i}", Sampler, (cfg, policy), rollout.num_cpus, env, gpus, shared=i)
-        for i in range(rollout.num_workers)
-    ]
-    return Crew(executor, specs, cfg.controller.timeout)
-
-
-def _rewards(cfg: Config, placement: Placement, policy: str, folder: str | None, executor: Executor) -> Crew[Rewarder]:
-    reward = cfg.reward
-    threads = placement.threads(reward.threads, reward.num_workers)
-    gpus = 1 if reward.device == "cuda" and folder is not None else 0
-    env, args = {"OMP_NUM_THREADS": str(threads)}, (cfg, policy, folder, threads)
-    specs = [
-        placement.spec(f"reward-{i}", Rewarder, args, reward.num_cpus, env, gpus, restarts=REWARD_RESTARTS)
-        for i in range(reward.num_workers)
-    ]
-    return Crew(executor, specs, cfg.controller.timeout)
-
-
-def _learners(cfg: Config, placement: Placement, policy: str, executor: Executor) -> Crew[LearnerStep]:
-    learner = cfg.learner
-    threads = placement.threads(learner.threads, learner.num_workers)
-    gpus = 1 if learner.device == "cuda" else 0
-    env = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": learner.device}
-    specs = [
-        placement.spec(
-            f"learner-{rank}", LearnerStep, (cfg, policy, rank, threads), learner.num_cpus, env, gpus, shared=rank
-        )
-        for rank in range(learner.num_workers)
-    ]
-    return Crew(executor, specs, cfg.controller.timeout)
+def rollout_specs(cfg: Config, placement: Placement, policy: str) -> list[MemberSpec[Sampler]]:
+    """How the members that sample are built."""
+    env = partial(rollout_environment, cfg.rollout)
+    gpus = cfg.rollout.tensor_parallel_size if cfg.rollout.device == "cuda" else 0
+    return placement.specs("rollout", Sampler, cfg.rollout, lambda *_: (cfg, policy), env, gpus, shares_gpu=True)

@@ -62,14 +62,11 @@ def test_ipc_puts_each_learner_rank_on_the_gpu_of_its_rollout_worker() -> None:
     check_resources(cfg, ray.nodes(), with_learner=True)  # two GPUs are enough
     placement = Placement(cfg, ray.nodes())
     placement.reserve()
-    crews = [
-        Crew(
-            EXECUTOR,
-            [placement.spec(f"{kind}-{i}", Here, (), 0.25, {}, gpus=1, shared=i) for i in (0, 1)],
-            cfg.controller.timeout,
-        )
-        for kind in ("rollout", "learner")
+    specs = [
+        placement.specs(name, Here, worker, lambda *_: (), gpus=1, shares_gpu=True)
+        for name, worker in (("rollout", cfg.rollout), ("learner", cfg.learner))
     ]
+    crews = [Crew(EXECUTOR, own, cfg.controller.timeout) for own in specs]
     try:
         rollouts, learners = (crew.each(Here.gpus) for crew in crews)
         assert rollouts == learners and sorted(rollouts) == [[0], [1]]

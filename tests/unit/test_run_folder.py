@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.checkpoint import LOCK, SETTINGS, find_checkpoint, in_use
+from skyrl.checkpoint import LOCK, SETTINGS, find_checkpoint, held, in_use, new_folder
 from skyrl.records import SkyrlError
-from skyrl.run_folder import held, new_folder
 
 HOLD = """
 import sys
 from pathlib import Path
-from skyrl.run_folder import held
+from skyrl.checkpoint import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     input()

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from skyrl.crew.crew import MemberSpec
 from skyrl.records import ConfigError, SkyrlError
-from skyrl.settings import Config, WeightSync
+from skyrl.settings import Config, WeightSync, WorkerConfig
 
 BUFFER_CPUS = 0.1
 R = TypeVar("R")
@@ -61,31 +61,35 @@ class Placement:
         if self._group is not None:
             remove_placement_group(self._group)
 
-    def threads(self, wanted: int, workers: int) -> int:
-        """``wanted``, or a node's cores shared by the workers of one kind that it holds."""
-        per_node = math.ceil(workers / self.nodes) if self.spread else workers
-        return wanted or max(1, self.cores // per_node)
-
-    def spec(
+    def specs(
         self,
         name: str,
         role: Callable[..., R],
-        args: tuple[Any, ...],
-        cpus: float,
-        env: dict[str, str],
+        worker: WorkerConfig,
+        args: Callable[[int, int], tuple[Any, ...]],
+        env: Callable[[int], dict[str, str]] = lambda threads: {"OMP_NUM_THREADS": str(threads)},
         gpus: float = 0,
         restarts: int = 0,
-        shared: int | None = None,
-    ) -> MemberSpec[R]:
-        """How and where a member is built.
+        shares_gpu: bool = False,
+    ) -> list[MemberSpec[R]]:
+        """How and where each member of a crew is built.
 
         Args:
-            shared: Number of the shared GPU that it gets half of, where GPUs are shared.
+            args: Of a member's number and its threads: what the role is built with.
+            env: Of the threads: variables that its process needs.
+            shares_gpu: Member i gets half of the shared GPU i, where GPUs are shared.
         """
-        strategy: Any = "SPREAD" if self.spread else "DEFAULT"
-        if self._group is not None and shared is not None:
-            strategy, gpus = PlacementGroupSchedulingStrategy(self._group, shared), 0.5
-        return MemberSpec(name, role, args, cpus, gpus, env, restarts, strategy)
+        # A node's cores are shared by the members of one kind that it holds.
+        per_node = math.ceil(worker.num_workers / self.nodes) if self.spread else worker.num_workers
+        threads = worker.threads or max(1, self.cores // per_node)
+        found = []
+        for place in range(worker.num_workers):
+            strategy: Any = "SPREAD" if self.spread else "DEFAULT"
+            if self._group is not None and shares_gpu:
+                strategy, gpus = PlacementGroupSchedulingStrategy(self._group, place), 0.5
+            own = f"{name}-{place}", role, args(place, threads)
+            found.append(MemberSpec(*own, worker.num_cpus, gpus, env(threads), restarts, strategy))
+        return found
 
 
 def check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool) -> None:
@@ -93,16 +97,14 @@ def check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool
     ConfigError: if these nodes can never hold the run's actors, which Ray would wait for without a word.
     """
     rollout, reward, learner = cfg.rollout, cfg.reward, cfg.learner
-    cpus = [rollout.num_cpus] * rollout.num_workers + [reward.num_cpus] * reward.num_workers
-    if with_learner:
-        cpus += [learner.num_cpus] * learner.num_workers + [BUFFER_CPUS]
-        if rollout.weight_sync is WeightSync.ipc:  # each pair on one node
-            pairs = [rollout.num_cpus + learner.num_cpus] * learner.num_workers
-            cpus = pairs + [reward.num_cpus] * reward.num_workers + [BUFFER_CPUS]
+    shared = with_learner and rollout.weight_sync is WeightSync.ipc  # each pair on one node
+    cpus = [reward.num_cpus] * reward.num_workers + [BUFFER_CPUS] * with_learner
+    cpus += [rollout.num_cpus + learner.num_cpus * shared] * rollout.num_workers
+    cpus += [learner.num_cpus] * (learner.num_workers * (with_learner and not shared))
     gpus: list[float] = [0.0]
     if rollout.device == "cuda":
         gpus += [rollout.tensor_parallel_size] * rollout.num_workers
-    if with_learner and learner.device == "cuda" and rollout.weight_sync is not WeightSync.ipc:
+    if with_learner and learner.device == "cuda" and not shared:
         gpus += [1] * learner.num_workers
     if reward.device == "cuda" and cfg.model.reward is not None:
         gpus += [1] * reward.num_workers

@@ -1,17 +1,62 @@
-"""What one evaluation says: greedy answers to the held-out prompts, scored like any others."""
+"""The evaluation that the loop asks for on schedule, and what it says: greedy answers to held-out prompts, scored like
+any others, and the picture probes."""
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from skyrl.evaluation.monitors import Monitor, blind_metrics, build_monitors
+from skyrl.evaluation.picture_drop import picture_drop
 from skyrl.monitoring.gallery import add_after, gallery_entries
-from skyrl.records import DataError, Metrics, SampleGroup
+from skyrl.monitoring.records import read_json, write_json
+from skyrl.records import DataError, Metrics, RolloutRequest, SampleGroup
 from skyrl.rewards.metrics import answer_metrics, means, refuse_all_failed
 from skyrl.rewards.rewarder import Rewarder
+from skyrl.settings import Config
+from skyrl.system import System
+
+logger = logging.getLogger(__name__)
+GALLERY = "gallery.json"
+
+
+def evaluate_policy(cfg: Config, system: System, step: int, run_dir: Path, clock: Callable[[], float]) -> Metrics:
+    """``eval/…`` of the policy that the rollout members hold, with the wall time of the whole and of the probes; brings
+    the run's gallery up to date."""
+    started = clock()
+    rows = tuple(range(system.sizes()["eval"]))
+    request = RolloutRequest("eval", rows, step, 1, greedy=True, seed=cfg.controller.seed)
+    scored = _answers(system, request)
+    asked = clock()
+    metrics: Metrics = {}
+    blind: list[list[SampleGroup]] = []
+    if limit := cfg.hallucination.probe_prompts:
+        # What the policy says without the picture, and how much its own answers depend on it.
+        blind = _answers(system, replace(request, rows=rows[:limit], blind=True))
+        metrics = system.learners.each(picture_drop, *scored)[0] | {"eval/probe_seconds": clock() - asked}
+    path = run_dir / GALLERY
+    chosen = read_json(path) if step > 0 and path.is_file() else None
+    found, gallery = system.rewards.one(evaluate, chosen, len(scored), *scored, *blind)
+    write_json(path, gallery)
+    if step == 0 and found.get("eval/format") == 0:
+        logger.warning(
+            "no answer of the first evaluation has the form <think>…</think><answer>…</answer>, and only what "
+            "stands inside the answer tags is scored: let the questions ask for it (docs/data.md)"
+        )
+    return metrics | found | {"eval/seconds": clock() - started}
+
+
+def _answers(system: System, request: RolloutRequest) -> list[list[SampleGroup]]:
+    """Promises of the scored groups; waits for them."""
+    _, scored = system.ask(request)
+    system.rewards.wait(scored)
+    return scored
+
 
 NAMES = {
     "reward/accuracy": "eval/accuracy",

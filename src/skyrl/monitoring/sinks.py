@@ -6,6 +6,7 @@ import json
 import logging
 import netrc
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -159,3 +160,23 @@ def _wandb_run(mode: Literal["online", "offline"], arguments: Mapping[str, Any],
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+class RayGaugeSink:
+    """Metrics as Ray gauges, for the Ray dashboard and any Prometheus that scrapes the cluster: ``reward/rule`` becomes
+    ``skyrl_reward_rule``, tagged with the run."""
+
+    def __init__(self, run: str) -> None:
+        self.tags = {"run": run}
+        self._gauges: dict[str, Any] = {}
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        from ray.util.metrics import Gauge
+
+        for name, value in ({"step": float(step)} | metrics).items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge("skyrl_" + re.sub(r"\W", "_", name), tag_keys=("run",))
+            self._gauges[name].set(value, tags=self.tags)
+
+    def close(self) -> None:
+        """Gauges end with the process."""
