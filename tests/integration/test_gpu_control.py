@@ -43,7 +43,7 @@ def gpu_config(sync: WeightSync) -> Config:
     cfg = Config()
     cfg.rollout.weight_sync, cfg.rollout.device, cfg.learner.device = sync, "cuda", "cuda"
     cfg.rollout.num_workers = cfg.learner.num_workers = 2
-    cfg.controller.timeout = 30.0
+    cfg.controller.timeout = 300.0
     return cfg
 
 
@@ -206,7 +206,7 @@ class Learner:
     def __init__(self, cfg: Config, rank: int) -> None:
         from skyrl.sync import gpu_transfer
 
-        gpu_transfer.VllmSender = partial(Sender, self)
+        gpu_transfer.vllm_trainer = partial(Sender, self)
         self.cfg, self.rank = cfg, rank
 
     def begin(self, weight: float, errors: dict[int, str], inside_nccl: dict[int, Path]) -> None:
@@ -220,7 +220,7 @@ class Learner:
 
 
 class Sender:
-    """In place of ``VllmSender``: makes the calls of vLLM's trainer side, in its order. All ranks go through the
+    """In place of ``vllm_trainer``: makes the calls of vLLM's trainer side, in its order. All ranks go through the
     parameters; rank 0 reaches the engines, with ``update_weights`` from a thread while it sends."""
 
     def __init__(self, learner: Learner, cfg: Config, control: RolloutControl, source: Any, rank: int, host: str):
@@ -229,7 +229,7 @@ class Sender:
             info = {"master_address": host, "rank_offset": 1, "world_size": 1 + cfg.rollout.num_workers}
             control.init_weight_transfer_engine(info)
 
-    def send(self) -> None:
+    def send_weights(self) -> None:
         if self.learner.error:
             raise SyncError(self.learner.error)
         values = {name: float(value) for name, value in self.source}
@@ -253,8 +253,8 @@ class Sender:
 @pytest.fixture(scope="module")
 def crews(two_gpus: None) -> Iterator[tuple[Crew[Learner], Crew[Rollout]]]:
     cfg = gpu_config(WeightSync.nccl)
-    learners = Crew(EXECUTOR, [MemberSpec(f"learner-{i}", Learner, (cfg, i), 0.1) for i in (0, 1)], 60.0)
-    rollouts = Crew(EXECUTOR, specs(2), 60.0)
+    learners = Crew(EXECUTOR, [MemberSpec(f"learner-{i}", Learner, (cfg, i), 0.1) for i in (0, 1)], 300.0)
+    rollouts = Crew(EXECUTOR, specs(2), 300.0)
     yield learners, rollouts
     for crew in (learners, rollouts):
         crew.stop()
@@ -276,7 +276,7 @@ class Transfer:
         broken: str = "",
         errors: dict[int, str] | None = None,
         waiting: tuple[int, ...] = (),
-        timeout: float = 30.0,
+        timeout: float = 120.0,
     ) -> Syncer:
         """A syncer, and what will happen: the weight that is sent; the call that the second engine fails at; what each
         learner rank raises; the ranks that wait for ``go``."""

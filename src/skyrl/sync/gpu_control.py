@@ -25,14 +25,12 @@ def send_weights(learner: LearnerStep, rollouts: Crew[Sampler], host: str) -> No
         rollouts: Receive; called from this process.
         host: Address of the first rank, where the engines meet it (nccl).
     """
-    from skyrl.sync.gpu_transfer import LearnerSource, VllmSender
+    from skyrl.sync.gpu_transfer import LearnerSource, vllm_trainer
 
-    sender = _SENDERS.get(learner)
-    if sender is None:
+    if learner not in _SENDERS:
         source = LearnerSource(learner.policy_parameters, learner.policy_layout())
-        sender = VllmSender(learner.cfg, RolloutControl(rollouts), source, learner.rank, host)
-        _SENDERS[learner] = sender
-    sender.send()
+        _SENDERS[learner] = vllm_trainer(learner.cfg, RolloutControl(rollouts), source, learner.rank, host)
+    _SENDERS[learner].send_weights()
 
 
 class RolloutControl:

@@ -29,8 +29,9 @@ class LearnerSource(WeightSource):
         return self.named_parameters()
 
 
-class VllmSender:
-    """Sends the learner's weights with the backend that ``rollout.weight_sync`` names.
+def vllm_trainer(cfg: Config, control: Any, source: LearnerSource, rank: int, host: str) -> Any:
+    """vLLM's trainer side of the backend of ``rollout.weight_sync``. Each call of its ``send_weights``, on every
+    learner rank, is one full round: start, transfer, finish on every rollout engine.
 
     Args:
         control: The four control-plane calls, reaching every rollout engine.
@@ -40,17 +41,10 @@ class VllmSender:
     Raises:
         SkyrlError: without CUDA.
     """
-
-    def __init__(self, cfg: Config, control: Any, source: LearnerSource, rank: int, host: str) -> None:
-        if not torch.cuda.is_available():
-            raise SkyrlError(f"rollout.weight_sync={cfg.rollout.weight_sync.value} needs CUDA in the learner")
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            _init_info(cfg, rank, host, source.layout), client=control, source=source
-        )
-
-    def send(self) -> None:
-        """One full round: start, transfer, finish on every rollout engine. Called on every learner rank."""
-        self._engine.send_weights()
+    if not torch.cuda.is_available():
+        raise SkyrlError(f"rollout.weight_sync={cfg.rollout.weight_sync.value} needs CUDA in the learner")
+    init_info = _init_info(cfg, rank, host, source.layout)
+    return WeightTransferTrainerFactory.trainer_init(init_info, client=control, source=source)
 
 
 def _init_info(cfg: Config, rank: int, host: str, layout: Layout) -> Any:
