@@ -43,11 +43,13 @@ def _threshold(prefix: str, what: str) -> dict[str, MetricInfo]:
         ),
         f"{prefix}/labelled": _M("samples", "Candidates in the calibration window whose facts are known."),
         f"{prefix}/acceptance": _M("share", "Candidates at or above τ, of the window."),
-        f"{prefix}/risk": _M("share", "Hallucinating ones, of the labelled candidates at or above τ."),
+        f"{prefix}/risk": _M(
+            "share", "Hallucinating ones, of the labelled candidates at or above τ; absent where there is none."
+        ),
         f"{prefix}/risk_bound": _M(
             "share",
-            "Upper confidence bound of that share (Clopper-Pearson), as if τ had been fixed beforehand; the search for "
-            "τ asks for more, so it can be under the target while `controlled` is 0.",
+            "Upper confidence bound of that share (Clopper-Pearson); under `risk_controlled` it holds for all thresholds "
+            "that could have been chosen at once, so it can be above the target while `controlled` is 1.",
         ),
     }
 
