@@ -48,8 +48,8 @@ def _threshold(prefix: str, what: str) -> dict[str, MetricInfo]:
         ),
         f"{prefix}/risk_bound": _M(
             "share",
-            "Upper confidence bound of that share (Clopper-Pearson); under `risk_controlled` it holds for all thresholds "
-            "that could have been chosen at once, so it can be above the target while `controlled` is 1.",
+            "Upper confidence bound of that share (Clopper-Pearson); under `risk_controlled` it holds for every "
+            "threshold that could have been chosen, so it can be above the target while `controlled` is 1.",
         ),
     }
 
