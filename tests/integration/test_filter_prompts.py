@@ -4,6 +4,7 @@ knows the sampler only, and how it samples with vLLM is what other tests are for
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from skyrl.data.datasets import build_datasets
-from skyrl.data.pool import pool_metadata, pool_rows
+from skyrl.data.pool import METADATA, pool_rows
 from skyrl.filter_prompts import filter_prompts
 from skyrl.records import DataError
 from skyrl.settings import Config
@@ -38,7 +39,7 @@ def test_the_pass_writes_a_pool_that_training_can_read(make_config: Callable[...
         assert row["mean_reward"] > 0  # the squashed reward model alone is above 0
         assert (row["hallucination_rate"] is None) == (not prompt.images)
     assert {row["hallucination_rate"] is None for row in table} == {True, False}
-    metadata = pool_metadata(path)
+    metadata = json.loads(pq.read_schema(path).metadata[METADATA])
     assert metadata["rows"] == cfg.digits.train_size and metadata["samples_per_prompt"] == 4
     assert metadata["temperature"] == 1.0 and Path(metadata["policy"]).is_dir() and metadata["seed"] == 0
 
