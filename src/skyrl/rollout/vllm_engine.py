@@ -128,20 +128,23 @@ def _start_llm(cfg: Config, policy_folder: str) -> LLM:
             "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, length),
             "skip_mm_profiling": True,
         }
-    llm = LLM(
-        model=policy_folder,
-        dtype=cfg.model.dtype,
-        max_model_len=length,
-        max_num_seqs=rollout.max_num_seqs,
-        tensor_parallel_size=rollout.tensor_parallel_size,
-        seed=cfg.controller.seed,
-        # The distribution that was sampled from, not the raw one: temperature and forbidden tokens applied.
-        logprobs_mode="processed_logprobs",
-        generation_config="vllm",
-        disable_log_stats=True,
-        weight_transfer_config=WeightTransferConfig(backend=backend),
-        **options,
-    )
+    try:
+        llm = LLM(
+            model=policy_folder,
+            dtype=cfg.model.dtype,
+            max_model_len=length,
+            max_num_seqs=rollout.max_num_seqs,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            seed=cfg.controller.seed,
+            # The distribution that was sampled from, not the raw one: temperature and forbidden tokens applied.
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend=backend),
+            **options,
+        )
+    except ValueError as error:  # lengths beyond the model's positions, for example
+        raise ConfigError(f"vLLM can't serve model.policy with these settings: {error}") from error
     if rollout.device == "cpu":
         # vLLM leaves a function here that only warns; its own picture processor then warns at every request.
         torch.set_num_threads = lambda _: None
