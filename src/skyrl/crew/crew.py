@@ -15,8 +15,7 @@ method of that name.
 become: a type checker then follows the groups from the sampler to the learner. A promise may be handed to another call,
 waited for and fetched; nothing else. So a driver moves references and never holds a tensor or a picture.
 
-Calls to one member run one after the other in the order in which they were made. That is what makes weights wait for
-the answers that were asked before them.
+Calls to one member run in the order in which they were made: weights wait for the answers asked before them.
 """
 
 from __future__ import annotations
@@ -241,11 +240,8 @@ def cut(result: Any, pieces: int) -> tuple[Any, ...]:
 
 
 class LocalExecutor:
-    """Everything in this process: a call runs at once, a promise is the value itself.
-
-    Whole runs in one process, for tests and for the ablation grid. ``MemberSpec.env`` must be set by the caller before
-    torch is imported; the resources of a spec are not looked at.
-    """
+    """Everything in this process, for tests and the ablation grid: a call runs at once, a promise is the value itself.
+    ``MemberSpec.env`` must be set by the caller before torch is imported; resources are not looked at."""
 
     def start(self, spec: MemberSpec[Any]) -> Member[Any]:
         member = Member(spec.role, spec.args)

@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ray.util import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
 from skyrl.crew.crew import MemberSpec
 from skyrl.records import ConfigError, SkyrlError
 from skyrl.settings import Config, WeightSync, WorkerConfig
@@ -46,6 +43,8 @@ class Placement:
         """
         if not self.shares_gpus:
             return
+        from ray.util import placement_group
+
         rollout, learner = self.cfg.rollout, self.cfg.learner
         bundle = {"GPU": 1.0, "CPU": rollout.num_cpus + learner.num_cpus}
         strategy = "SPREAD" if self.spread else "PACK"
@@ -59,6 +58,8 @@ class Placement:
     def release(self) -> None:
         """Give back what :meth:`reserve` took."""
         if self._group is not None:
+            from ray.util import remove_placement_group
+
             remove_placement_group(self._group)
 
     def specs(
@@ -86,6 +87,8 @@ class Placement:
         for place in range(worker.num_workers):
             strategy: Any = "SPREAD" if self.spread else "DEFAULT"
             if self._group is not None and shares_gpu:
+                from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
                 strategy, gpus = PlacementGroupSchedulingStrategy(self._group, place), 0.5
             own = f"{name}-{place}", role, args(place, threads)
             found.append(MemberSpec(*own, worker.num_cpus, gpus, env(threads), restarts, strategy))
