@@ -67,15 +67,16 @@ class Ahead:
         self._next = 1
         """The step that is taken next."""
 
-    def ask_until(self, step: int) -> None:
-        """Ask for every step up to this one (or the run's last) that was not asked for yet. Returns at once.
+    def ask_until(self, step: int) -> int:
+        """Ask for every step up to this one (or the run's last) that was not asked for yet; how many. Returns at once.
 
         Args:
             step: The step that is about to be trained, plus the lag.
         """
         first = self._asked[-1].step + 1 if self._asked else self._next
-        for one in range(first, min(step, self.cfg.controller.steps) + 1):
-            self._asked.append(self._ask(one))
+        wanted = range(first, min(step, self.cfg.controller.steps) + 1)
+        self._asked.extend(map(self._ask, wanted))
+        return len(wanted)
 
     def take(self, step: int) -> Rollout:
         """The rollout of ``step``; afterwards its rows count as trained on.

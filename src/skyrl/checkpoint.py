@@ -207,6 +207,8 @@ def check_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Raises:
         SkyrlError: if data or models are others: the position in the data and the weights would mean something else.
     """
+    if not isinstance(old, dict) or "model" not in old:
+        raise SkyrlError(f"{SETTINGS} of the run that shall go on is damaged: it holds no settings")
     before, after = _flat(old), _flat(new)
     changed = [
         f"{key}: {before.get(key)!r} → {after.get(key)!r}"

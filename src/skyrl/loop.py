@@ -87,7 +87,7 @@ class Loop:
     def _train_step(self) -> Metrics:
         laps = Laps(self.clock)
         if self.cfg.data.pairs_path is None:
-            self.ahead.ask_until(self.step + self.cfg.controller.lag)
+            asked = self.ahead.ask_until(self.step + self.cfg.controller.lag)
             batch, report = self._batch(laps)
         else:
             batch, told = self.system.buffer.pair(Batcher.offline, self.step, self.version)
@@ -96,7 +96,7 @@ class Loop:
         metrics = report.metrics | self.system.learners.each(LearnerStep.train_step, batch)[0]
         laps.end("time/learner")
         if self.cfg.controller.lag:
-            metrics |= self._finish_sampling(laps)
+            metrics |= self._finish_sampling(laps, asked)
         self.version += 1
         metrics |= self.system.syncer.sync(self.version)
         laps.end("time/sync")
@@ -120,13 +120,12 @@ class Loop:
         laps.end("time/buffer")
         return batch, report
 
-    def _finish_sampling(self, laps: Laps) -> Metrics:
+    def _finish_sampling(self, laps: Laps, asked: int) -> Metrics:
         """Wait for the answers to later steps, so that the sync that follows takes its own time only."""
-        ahead = self.ahead.sampling()
-        self.system.rollouts.wait(ahead)
+        self.system.rollouts.wait(self.ahead.sampling())
         waited = laps.end("time/rollout")
-        sampled = self.system.rollouts.seconds(Sampler.generate) if ahead else 0.0
-        return {"overlap/rollout": max(0.0, sampled - waited)}
+        sampled = self.system.rollouts.seconds(Sampler.generate) if asked else 0.0
+        return {"overlap/rollout": max(0.0, min(sampled - waited, laps.seconds["time/learner"]))}
 
     def _due(self, every: int) -> bool:
         return self.step == self.cfg.controller.steps or (every > 0 and self.step % every == 0)

@@ -137,3 +137,11 @@ def test_a_checkpoint_of_an_older_layout_is_refused_by_name(tmp_path: Path) -> N
         SkyrlError, match=r"step_000001 has layout 1, this version of skyrl reads layout 2: checkpoints of"
     ):
         read_state(folder)
+
+
+@pytest.mark.parametrize("content", [[1], {"rubbish": 3}])
+def test_a_damaged_file_of_settings_is_said_to_be_so(content: object) -> None:
+    with pytest.raises(
+        SkyrlError, match=r"^config\.json of the run that shall go on is damaged: it holds no settings$"
+    ):
+        check_settings(content, jsonable(Config()))  # type: ignore[arg-type]
