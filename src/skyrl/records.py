@@ -187,7 +187,7 @@ class TrainBatch:
     version: int
     """Weight updates that the learner has received when it trains on this batch."""
     weights: dict[str, float]
-    """Name of each term of the loss → its weight at this step; 0 for a term that this step does not train."""
+    """Each term's name, or path if it is one's own → its weight at this step; 0 for one that it does not train."""
     items: list[TrainItem]
     pairs: list[PreferencePair]
     grpo_samples: int

@@ -41,8 +41,8 @@ def run(cfg: Config, executor: Executor | None = None) -> dict[str, Any]:
     Raises:
         SkyrlError: whatever went wrong in a member, with its own message.
     """
-    console = Console()
-    cfg = with_absolute_paths(cfg)
+    console, cfg = Console(), with_absolute_paths(cfg)
+    metric_table(cfg)  # a wrong term of one's own is refused before anything starts
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir), cfg.name)
     if checkpoint is None:
         if cfg.resume == "auto":
