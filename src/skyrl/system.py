@@ -95,8 +95,8 @@ def start_system(
             stack.callback(crew.stop)
             return crew
 
+        stack.callback(placement.release)  # also if only a part of it comes in time
         placement.reserve()
-        stack.callback(placement.release)
         gpu = 1 if cfg.reward.device == "cuda" and reward is not None else 0
         judges = placement.specs(
             "reward", Rewarder, cfg.reward, lambda _, threads: (cfg, policy, reward, threads), gpus=gpu,

@@ -10,19 +10,20 @@ import pytest
 from skyrl.digits.settings import DigitsConfig
 from skyrl.settings import Config, WandbMode
 
-TINY = {"warm_start_steps": 90, "reward_body_steps": 10, "reward_steps": 4}
-"""Settings of the small models; with them and the fixture's cache, other processes find the same ones."""
+TINY = {"warm_start_steps": 60, "reward_body_steps": 10, "reward_steps": 4}
+"""Settings of the small models, those of the quick grid of benchmarks/ablations: with them and the fixture's cache
+other processes find the models and build none."""
 
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of embedded models that were trained for seconds only, on batches of 16 instead of 64: they keep
+    """A cache folder of embedded models that were trained for seconds only, on batches of 24 instead of 64: they keep
     the form in most answers, and are right in some."""
     from skyrl.digits import embedded, training
 
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(training, "BATCH", 16)
+        small.setattr(training, "BATCH", 24)
         embedded.embedded_models(Config(digits=DigitsConfig(cache_dir=str(folder), **TINY)))
     return folder
 

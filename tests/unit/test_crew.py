@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from skyrl.crew.crew import Crew, LocalExecutor, MemberSpec, cut
@@ -91,6 +94,23 @@ def test_what_a_constructor_raises_is_raised_and_the_members_before_it_are_ended
     with pytest.raises(SkyrlError, match="start is -1"):
         Crew(LocalExecutor(), specs, timeout=10.0)
     assert ended == ["a"]
+
+
+def test_waiting_ends_with_the_calls_that_are_late() -> None:
+    class Late(LocalExecutor):
+        """Nothing is ready in time but "done"."""
+
+        def poll(self, promises: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
+            assert seconds == 10.0
+            return [one for one in promises if one == "done"], [one for one in promises if one != "done"]
+
+        def fetch(self, promises: Sequence[Any], timeout: float, waited: float = 0.0) -> list[Any]:
+            raise SkyrlError(f"{promises} took {timeout + waited:g} s")
+
+    made = Crew(Late(), [MemberSpec("counter-0", Counter, ("a",))], timeout=10.0)
+    made.wait(["done", "done"])
+    with pytest.raises(SkyrlError, match=r"\['late'\] took 10 s"):
+        made.wait(["done", "late"])
 
 
 def test_the_seconds_of_a_call_are_those_of_the_slowest_member() -> None:

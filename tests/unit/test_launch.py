@@ -300,7 +300,9 @@ run_command(work, "interrupted; go on with: x")
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_interrupt_a_command(name: str) -> None:
-    code = WAITS.format(name=name, before="signal.signal(signal.SIGINT, signal.default_int_handler)")
+    # Whatever started the tests may ignore a signal (nohup, &), and a child inherits that.
+    before = "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    code = WAITS.format(name=name, before=before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; go on with: x\n")
 

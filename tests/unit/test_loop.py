@@ -7,6 +7,7 @@ the time that the sync takes.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from tiny_runs import PROMPTS, Watched, config, numbers, policy_folder, run_loop
 
-from skyrl.crew.crew import Member, MemberSpec
+from skyrl.crew.crew import LocalExecutor, Member, MemberSpec
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
-from skyrl.records import SampleGroup, SkyrlError, SyncError, TrainBatch
+from skyrl.records import ConfigError, SampleGroup, SkyrlError, SyncError, TrainBatch
 from skyrl.settings import PairSource, Stage
+from skyrl.system import start_system
 
 STEPS = 4
 
@@ -97,12 +99,11 @@ def _copy(backend: Any, parameters: dict[str, Any]) -> None:
             parameter.copy_(parameters[name])
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2])
-def test_killed_at_any_step_and_resumed_it_is_the_run_that_never_stopped(policy: str, tmp_path: Path, lag: int) -> None:
-    whole, seen = config(tmp_path / "whole", STEPS, lag), Watched()
+def test_killed_at_any_step_and_resumed_it_is_the_run_that_never_stopped(policy: str, tmp_path: Path) -> None:
+    whole, seen = config(tmp_path / "whole", STEPS, lag=1), Watched()
     expected = numbers(run_loop(whole, policy, seen))
     for kill_at in range(2, STEPS + 1):
-        cfg, first, second = config(tmp_path / f"cut{kill_at}", STEPS, lag), Watched(), Watched()
+        cfg, first, second = config(tmp_path / f"cut{kill_at}", STEPS, lag=1), Watched(), Watched()
         before = numbers(run_loop(cfg, policy, first, kill_at=kill_at))
         after = numbers(run_loop(cfg, policy, second, resume=True))
         assert before | after == expected
@@ -153,14 +154,40 @@ def test_times_add_up_and_throughput_uses_the_step(policy: str, tmp_path: Path, 
 # ---------------------------------------------------------------- several members
 
 
+def test_a_system_ends_what_it_started_and_leaves_a_crew_that_it_was_given(policy: str, tmp_path: Path) -> None:
+    ended: list[str] = []
+
+    class Ending(LocalExecutor):
+        def stop(self, member: Member[Any]) -> None:
+            ended.append(type(member.build()).__name__)
+            super().stop(member)
+
+    cfg, executor = config(tmp_path, 1), Ending()
+    with start_system(cfg, policy, None, executor) as first:
+        with pytest.raises(KeyError), start_system(cfg, policy, None, executor, rollouts=first.rollouts):
+            raise KeyError
+        assert sorted(ended) == ["Batcher", "LearnerStep", "Rewarder"]
+        assert first.sizes() == {"train": 400, "eval": 4}
+    assert sorted(ended) == ["Batcher", "Batcher", "LearnerStep", "LearnerStep", "Rewarder", "Rewarder", "Sampler"]
+
+
+def test_learner_ranks_that_wait_for_each_other_need_processes_of_their_own(tmp_path: Path) -> None:
+    cfg = config(tmp_path, 1)
+    cfg.learner.num_workers = 2
+    with pytest.raises(ConfigError, match=r"learner\.num_workers=2: must be 1 where all runs in one process"):
+        run_loop(cfg, "no such policy")
+
+
 @pytest.mark.parametrize("lag", [0, 2])
-def test_members_that_share_the_work_and_two_kills_change_no_number(policy: str, tmp_path: Path, lag: int) -> None:
-    """The second kill comes when the checkpoint is of a step whose answers the first one held."""
+def test_members_that_share_the_work_and_a_kill_at_every_step_change_no_number(
+    policy: str, tmp_path: Path, lag: int
+) -> None:
+    """From the second kill on, the checkpoint is of a step whose answers the one before held."""
     alone = numbers(run_loop(config(tmp_path / "alone", STEPS, lag), policy))
     cfg = config(tmp_path / "shared", STEPS, lag)
     cfg.rollout.num_workers, cfg.reward.num_workers = 2, 3
     shared = numbers(run_loop(cfg, policy, kill_at=2))
-    for kill_at in (3, None):
+    for kill_at in (3, 4, None):
         shared |= numbers(run_loop(cfg, policy, kill_at=kill_at, resume=True))
     assert shared == alone and shared.keys() == {1, 2, 3, 4}
 
@@ -216,16 +243,30 @@ def test_evaluation_and_checkpoints_come_on_schedule_and_at_the_end(policy: str,
     assert all({"eval/picture_drop", "eval/blind_prompts"} <= metrics.keys() for _, metrics in evaluated)
     # keep=2: the checkpoint of step 2 is gone.
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+    cfg.controller.steps = 6
+    again = run_loop(cfg, policy, resume=True)
+    assert [step for step, metrics in again.all if "eval/accuracy" in metrics] == [6]  # that of step 5 is not repeated
 
 
 def test_dropout_ntp_continues_the_scored_groups_without_the_picture(policy: str, tmp_path: Path) -> None:
-    cfg, watched = config(tmp_path, 3, lag=1), Watched()
+    waited: list[int] = []
+
+    class Waited(Watched):
+        def poll(self, promises: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
+            waited.append(len(promises))
+            return super().poll(promises, seconds)
+
+    cfg, watched = config(tmp_path, 3, lag=1), Waited()
+    cfg.hallucination.probe_prompts = cfg.evaluation.every = 0
     cfg.algorithm.mpo.pairs = PairSource.dropout_ntp
     cfg.algorithm.stage, cfg.algorithm.mpo_steps = Stage.mpo_then_grpo, 2
     sink = run_loop(cfg, policy, watched)
     # In the second stage nothing forms pairs.
     assert watched.calls.count("continue_blind") == 2
     assert ["time/blind" in sink.steps[step] for step in (1, 2, 3)] == [True, True, False]
+    # An evaluation waits for its answers; a step for its own, their scores and continuations, and before the sync for
+    # whatever the engines still make for the next one.
+    assert waited == [1, *(1, 1, 1, 2), *(1, 1, 1, 1), *(1, 1, 0), 1]
 
 
 def test_a_broken_sync_stops_the_run_before_another_step(policy: str, tmp_path: Path) -> None:
