@@ -168,8 +168,8 @@ def test_what_is_not_finite_stops_the_step_and_spares_the_policy(policy: str, wh
         recorded = batch.items[2 if where == "loss" else 0].sample.logprobs
         assert recorded is not None
         recorded[0] = np.nan
-    what = {"loss": "loss is nan", "gradient": "gradient norm is nan", "delta": "mean implicit reward is nan"}[where]
-    with pytest.raises(SkyrlError, match=f"step 7: the {what}, so the policy was not updated"):
+    what = {"loss": "loss/grpo", "gradient": "the gradient norm", "delta": "the mean implicit reward"}[where]
+    with pytest.raises(SkyrlError, match=f"step 7: {what} is nan, so the policy was not updated"):
         learner.train_step(batch)
     assert distance(before, weights_of(learner)) == 0
 

@@ -203,6 +203,41 @@ def test_a_term_that_gives_other_statistics_than_it_declares() -> None:
 
 
 @pytest.mark.parametrize(
+    "loss", [lambda x: x.detach().sum(), lambda x: x, lambda x: 1.0], ids=["still", "many", "float"]
+)
+def test_a_loss_that_could_not_train(loss: Any) -> None:
+    class Wrong(Compared):
+        uses_reference = False
+
+        def loss(self, view: BatchView) -> tuple[torch.Tensor, Stats]:
+            return loss(view.logprobs), {}
+
+    view = make_view(torch.tensor([[-1.0, -2.0]]).requires_grad_())
+    with pytest.raises(
+        SkyrlError, match=r"the loss of term 'compared' must be one number that depends on the log-prob"
+    ):
+        hybrid_loss(view, [(Wrong(BrevitySettings()), 1.0)])
+
+
+def test_a_statistic_that_is_not_finite_stops_the_step_by_its_name(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Brevity, view: BatchView) -> tuple[torch.Tensor, Stats]:
+        total, stats = true_loss(self, view)
+        return total, stats | {"brevity/over": total.detach() * np.nan}
+
+    true_loss = Brevity.loss
+    monkeypatch.setattr(Brevity, "loss", broken)
+    cfg = plain_settings()
+    cfg.algorithm = config(own())
+    learner = joined(cfg, policy)
+    batch = make_batch(learner.encoder, 7)
+    batch.weights = cfg.algorithm.weights(7)
+    with pytest.raises(SkyrlError, match="step 7: brevity/over is nan"):
+        learner.train_step(batch)
+
+
+@pytest.mark.parametrize(
     ("terms", "message"),
     [
         ([own("Missing")], rf"algorithm\.terms\[0\]\.path={HERE}:Missing: can't be imported"),

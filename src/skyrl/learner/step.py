@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from skyrl.learner.files import export_policy, read_state, write_state
 from skyrl.learner.schedule import learning_rate, refresh_due, stage_progress
-from skyrl.monitoring.metrics import metric_table
 from skyrl.objective.hybrid import active_terms, hybrid_loss, imported, merge_stats, run_terms, step_metrics
 from skyrl.objective.mpo import Mpo, RunningDelta, pair_members, uses_delta
 from skyrl.objective.term import Counts, Stats, Term, recorded_on_policy
@@ -78,7 +77,6 @@ class LearnerStep:
 
         torch.set_num_threads(self.threads)
         torch.manual_seed(self.cfg.controller.seed)
-        metric_table(self.cfg)  # refuses a term that takes another's metrics
         self.terms = run_terms(self.cfg.algorithm)
         self.encoder = PromptEncoder.from_pretrained(self.policy_folder, self.cfg.model.chat_template_kwargs)
         compares = any(term.uses_reference for term in self.terms)
@@ -106,8 +104,8 @@ class LearnerStep:
             by ``learner/tokens`` 0.
 
         Raises:
-            SkyrlError: on every rank, if the loss or the gradient is not finite. The policy is left as it was. Also for
-                a batch that can't be trained on as it is.
+            SkyrlError: on every rank, if a loss, a statistic or the gradient is not finite; the policy stays as it was.
+                Also for a batch that can't be trained on as it is.
         """
         from skyrl.learner.passes import Share, distinct_share
 
@@ -131,11 +129,12 @@ class LearnerStep:
         totals = merge_stats(found, active, self.backend.device, self.backend.reduce)
         metrics |= step_metrics(active, totals, counts)
         # Before the optimizer sees the gradient. The metrics are sums over ranks, so all of them stop here.
-        _require_finite(batch.step, "loss", metrics.get("loss/total", 0.0))
+        for name, value in metrics.items():
+            _require_finite(batch.step, name, value)
         lr = learning_rate(self.cfg.learner, batch.step, self.cfg.controller.steps)
         norm = self.backend.update(lr) if has_gradient else 0.0
         if self.cfg.model.dtype != "float16":  # float16 has a loss scale that is found by stepping over overflows
-            _require_finite(batch.step, "gradient norm", norm)
+            _require_finite(batch.step, "the gradient norm", norm)
         metrics |= self._refresh_reference(batch.step, trained, metrics.get("mpo/kl_reference"))
         return metrics | {
             "mpo/pairs": float(counts.pairs),
@@ -173,7 +172,7 @@ class LearnerStep:
         own = sum(reward_sum(batch, part, reference, mpo.beta, start, unknown) for part, reference, start in parts)
         total = torch.tensor([own], dtype=torch.float64, device=self.backend.device)
         mean = float(self.backend.reduce(total, "sum")) / (2 * len(batch.pairs))
-        _require_finite(batch.step, "mean implicit reward", mean)
+        _require_finite(batch.step, "the mean implicit reward", mean)
         return {"mpo/delta": self.delta.update(mean)}
 
     def _backward(
@@ -213,16 +212,14 @@ class LearnerStep:
     # ------------------------------------------------------------ log-probabilities and weights
 
     def logprobs(self, groups: list[SampleGroup]) -> list[np.ndarray]:
-        """log π_θ float32 [T] of every sample of the groups, in order. Collective under ZeRO-3: every rank must
-        call it with the same groups."""
+        """log π_θ float32 [T] of every sample, in order. Collective under ZeRO-3: the same groups on every rank."""
         from skyrl.learner.passes import score_groups
 
         budget = self.cfg.learner.micro_batch_tokens
         return score_groups(self.backend.score, groups, self.encoder, self.backend.device, budget)
 
     def policy_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and whole parameters, one after the other. Collective under ZeRO-3: every rank must run
-        through all of them."""
+        """Hugging Face names and whole parameters. Collective under ZeRO-3: every rank must run through all of them."""
         return self.backend.parameters()
 
     def policy_layout(self) -> Layout:
@@ -286,6 +283,6 @@ def _require_records(batch: TrainBatch) -> None:
 def _require_finite(step: int, what: str, value: float) -> None:
     if not math.isfinite(value):
         raise SkyrlError(
-            f"step {step}: the {what} is {value}, so the policy was not updated; continue from the last checkpoint "
+            f"step {step}: {what} is {value}, so the policy was not updated; continue from the last checkpoint "
             "with a smaller learner.lr, or look at the batch for log-probabilities that are not finite"
         )

@@ -122,7 +122,7 @@ def hybrid_loss(view: BatchView, active: Sequence[tuple[Term, float]]) -> tuple[
     """The micro-batch's share of the step's loss, and every statistic of :func:`step_stats`.
 
     Raises:
-        SkyrlError: if a term gives other statistics than it declares.
+        SkyrlError: if a term gives other statistics than it declares, or no loss that could train.
     """
     fresh = view.mask & (view.recorded & ~view.off_policy).unsqueeze(1)
     gap = (view.logprobs - view.behaviour).detach().abs().masked_fill(~fresh, 0.0)
@@ -140,6 +140,8 @@ def hybrid_loss(view: BatchView, active: Sequence[tuple[Term, float]]) -> tuple[
         names = {stat.name for stat in term.declared()[1:]}
         if own.keys() != names:
             raise SkyrlError(f"term {term.name!r} gives statistics {sorted(own)}; it declares {sorted(names)}")
+        if getattr(total, "shape", None) != () or total.requires_grad != view.logprobs.requires_grad:
+            raise SkyrlError(f"the loss of term {term.name!r} must be one number that depends on the log-probabilities")
         loss = loss + weight * (total / max(getattr(view.counts, term.per), 1))
         stats |= {f"loss/{term.name}": total} | own
     return loss, {name: value.detach().double() for name, value in stats.items()}
