@@ -22,6 +22,27 @@ Metrics = dict[str, float]
 
 
 @dataclass(slots=True, frozen=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    parts: tuple[str | None, ...]
+    """Texts and, as None, the places of the prompt's pictures, in reading order."""
+
+
+@dataclass(slots=True, frozen=True)
+class Check:
+    """One comparison of an answer with a truth."""
+
+    verifier: str
+    """Name of a rule verifier, as in :class:`Prompt`."""
+    truth: str
+    weight: float = 1.0
+    """Its share of the rule score, above 0; shares are divided by their sum."""
+
+
+@dataclass(slots=True, frozen=True)
 class Prompt:
     """One question, with its pictures and with what the verifier and the monitors need.
 
@@ -34,13 +55,14 @@ class Prompt:
     id: str
     """Unique within the data set; errors and seeds name it."""
     question: str
-    """The user's message without any picture placeholder; the chat template adds those."""
+    """The user's message without any picture placeholder; the chat template adds those. With ``turns``, the text of
+    the last user's turn."""
     images: tuple[np.ndarray, ...]
     """RGB pictures, uint8 of shape [height, width, 3]; ``()`` for a text-only prompt."""
     answer: str
     """The ground truth that the verifier compares with."""
     verifier: str
-    """Name of a rule verifier: ``exact``, ``numeric``, ``math`` or ``choice``."""
+    """Name of a rule verifier: a built-in one, or one of ``reward.verifiers``."""
     kind: str = "default"
     """Family of the question; accuracy is also reported per kind."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -61,13 +83,15 @@ class RewardParts:
     """The parts of one sample's hybrid reward (Skywork R1V2, Eq. 7) and their sum."""
 
     rule: float
-    """The verifier's score in [0, 1]."""
+    """The verifiers' score, in [0, 1] unless it is a foreign reward function's."""
     format: float
     """1.0 if the answer keeps the ``<think>…</think><answer>…</answer>`` form, else 0.0."""
     model: float | None
     """The reward model's raw scalar score r_θ (unbounded); ``None`` when no reward model is used."""
     total: float
     """What the group advantage is computed from: see ``rewards/hybrid.py``."""
+    rules: Mapping[str, float] = field(default_factory=dict)
+    """Each verifier's score by its name; ``rule`` is their weighted mean."""
 
     @property
     def right(self) -> bool:
