@@ -1,92 +1,18 @@
-"""The form of an answer and the rule verifiers."""
+"""The rule verifiers."""
 
 from __future__ import annotations
 
 import time
 from fractions import Fraction
 
-import hostile_verifiers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skyrl.records import DataError
-from skyrl.rewards.format import extract_answer, format_reward
-from skyrl.rewards.verifiers import BUILTIN, get_verifier, verifier_reference
 from skyrl.rewards.verifiers.choice import choice_verifier
 from skyrl.rewards.verifiers.exact import exact_verifier
 from skyrl.rewards.verifiers.numeric import numeric_verifier, parse_number
-
-GOOD = "<think>3+1=4.</think><answer>4</answer>"
-
-# ---------------------------------------------------------------- form
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (GOOD, "4"),
-        ("<answer>3</answer> no, <answer> 4 </answer>", "4"),
-        ("<answer>3</answer> no, <answer>4", "3"),
-        ("<answer>3<answer>4</answer>", "4"),
-        ("<answer></answer>", ""),
-        ("<answer>4", None),
-        ("4</answer>", None),
-        ("</answer><answer>4", None),
-        ("4", None),
-        ("", None),
-    ],
-)
-def test_extract_answer(text: str, answer: str | None) -> None:
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    "text", [GOOD, GOOD.replace("><", ">\n <"), GOOD + "\n", "<think></think><answer>a b</answer>"]
-)
-def test_form_is_kept(text: str) -> None:
-    assert format_reward(text) == 1.0
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "4",
-        GOOD + "4",
-        GOOD + GOOD,
-        "So: " + GOOD,
-        GOOD.replace("><", "> so <"),
-        GOOD.replace(">4<", "> <"),
-        GOOD.removesuffix("</answer>"),
-        GOOD.replace("<think>", ""),
-        GOOD.replace("3+1", "<think>3+1"),
-        GOOD.replace(">4<", ">4</think><"),
-        "<answer>4</answer><think>3+1=4.</think>",
-        "<think><answer>4</think></answer>",
-        "<think>a<answer>b</answer>c</think>",
-        "<think>a<answer></think>4</answer>",
-        GOOD.upper(),
-    ],
-)
-def test_form_is_broken(text: str) -> None:
-    assert format_reward(text) == 0.0
-
-
-@given(st.text())
-def test_any_text_without_tags_can_stand_inside(inside: str) -> None:
-    clean = inside.replace("<", "")
-    assert format_reward(f"<think>{clean}</think><answer>x{clean}</answer>") == 1.0
-    assert extract_answer(f"<think>{clean}</think><answer>{clean}</answer>") == clean.strip()
-
-
-def test_form_is_linear() -> None:
-    start = time.perf_counter()
-    for tag in ("<think>", "</think>", "<answer>", "</answer>", "<", " "):
-        format_reward(tag * 200_000)
-        extract_answer(tag * 200_000)
-    assert time.perf_counter() - start < 2.0
-
 
 # ---------------------------------------------------------------- exact
 
@@ -126,10 +52,10 @@ def test_parse_number(text: str, value: Fraction) -> None:
 
 NO_NUMBERS = [
     *("", " ", "-", ".", "/", "%", "e5", "nan", "inf", "-Infinity", "1/0", "1/0.0", "1/2/3", "--1", "1 2", "12,34"),
-    *("1,2345", "1_000", "0x10", "9 apples", "9**9**9**9", "9e9999", "1e+99999999999", "٩", "９", "²", "Ⅸ", "1+1"),
+    *("1,2345", "1_000", "0x10", "9 or 8", "9**9**9**9", "9e9999", "1e+99999999999", "٩", "²", "Ⅸ", "1+1"),
     *(
         "__import__('os').system('exit 1')",
-        "9" * 101,
+        "9" * 201,
         "1" * 1_000_000,
         "1," * 500_000,
         "$" * 1_000_000,
@@ -160,11 +86,14 @@ def test_every_way_to_write_a_number_is_right(units: int, places: int) -> None:
 
 
 def test_tolerance() -> None:
+    assert numeric_verifier("0.333333", "1/3", tolerance=1e-5) == 1.0
     assert numeric_verifier("0.333333", "1/3", tolerance=1e-6) == 1.0
     assert numeric_verifier("0.333", "1/3", tolerance=1e-6) == 0.0
-    # 0.01 of 1000 is 10, inclusive; below 1 the tolerance is absolute.
-    assert [numeric_verifier(text, "1000", 0.01) for text in ("1009", "1011", "991")] == [1.0, 0.0, 1.0]
-    assert [numeric_verifier(text, "0.001", 0.01) for text in ("0.01", "0.02")] == [1.0, 0.0]
+    # 0.01 of 1000 is 10, inclusive; it is relative for small numbers too, and nothing but 0 is 0.
+    assert [numeric_verifier(text, "1000", 0.01) for text in ("1009", "1010", "1011", "991")] == [1.0, 1.0, 0.0, 1.0]
+    assert [numeric_verifier(text, "0.001", 0.01) for text in ("0.00101", "0.00102", "0.01")] == [1.0, 0.0, 0.0]
+    assert [numeric_verifier(text, "0", 0.01) for text in ("0.0", "1e-30")] == [1.0, 0.0]
+    assert numeric_verifier("0", "6.63e-34") == 0.0
     assert numeric_verifier("10000000000000001", "10000000000000002", tolerance=0) == 0.0
 
 
@@ -206,31 +135,3 @@ def test_no_choice_is_named(text: str) -> None:
 def test_choice_without_truth() -> None:
     with pytest.raises(DataError, match="A-J"):
         choice_verifier("B", "K")
-
-
-# ---------------------------------------------------------------- registry
-
-
-def test_unknown_name_is_named() -> None:
-    with pytest.raises(DataError, match=r"'nope'.*exact, numeric, math, choice"):
-        get_verifier("nope")
-
-
-@pytest.mark.parametrize(
-    "name", ["no_such_module:f", "hostile_verifiers:no_such", "hostile_verifiers:not_a_function", ":"]
-)
-def test_bad_path(name: str) -> None:
-    with pytest.raises(DataError, match="verifier"):
-        get_verifier(name)
-
-
-def test_names() -> None:
-    own = {"mine": "hostile_verifiers:right"}
-    assert get_verifier("hostile_verifiers:right") is hostile_verifiers.right
-    assert get_verifier("numeric") is numeric_verifier and get_verifier("exact") is exact_verifier
-    assert verifier_reference("mine", own) == verifier_reference("hostile_verifiers:right") == own["mine"]
-    assert [verifier_reference(name, own) for name in BUILTIN] == list(BUILTIN.values())
-    with pytest.raises(DataError, match=r"'yours'; allowed: exact, numeric, math, choice, mine, .*reward\.verifiers"):
-        verifier_reference("yours", own)
-    with pytest.raises(DataError, match="'mine'"):
-        verifier_reference("mine")
