@@ -12,8 +12,8 @@ from torch import nn
 from skyrl.objective.reductions import token_logprobs
 from skyrl.policy.encode import EncodedBatch, PromptEncoder
 from skyrl.records import SkyrlError
+from skyrl.settings.reward_model import HEAD_FILE
 
-HEAD_FILE = "reward_head.safetensors"
 LIKELIHOOD_SCALES = (0.1, 1.0, 0.2)
 """Bring sum, mean and minimum of an answer's token log-probabilities to about the same size."""
 
