@@ -231,6 +231,17 @@ def test_broken_scores_are_named(source, broken):
     assert exchange(one, [failed], 0, 0)[0].pairs == [PreferencePair(0, 1, 1.0)]
 
 
+def test_answers_that_could_not_be_scored_are_told_once():
+    one = service()
+    well, failed = make_group("p", [1.0, -1.0]), make_group("q", [1.0, -1.0, 0.0], errors=(0, 2))
+    assert one.exchange(1, 0, [well])[1].notes == ()
+    (note,) = one.exchange(2, 0, [well], [failed])[1].notes
+    assert note.startswith("step 2: answers that could not be scored: 2 of 5 by exact. They train nothing")
+    assert note.endswith("The first: verifier crashed")
+    _, report = one.exchange(3, 0, [failed])
+    assert report.notes == () and report.metrics["reward/errors"] == 2
+
+
 def test_an_answer_without_tokens_is_named():
     with pytest.raises(DataError, match="prompt p, sample 1: 0 answer tokens"):
         exchange(service(), [make_group("p", [1.0, -1.0], tokens=[1, 0])], 0, 0)

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,9 @@ from tiny_models import processor
 
 from skyrl.data.parquet import write_parquet
 from skyrl.monitoring.metrics import check_names
-from skyrl.records import DataError, Prompt, Sample, SampleGroup, SkyrlError
+from skyrl.records import Check, DataError, Prompt, Sample, SampleGroup, SkyrlError
 from skyrl.rewards import rewarder as module
-from skyrl.rewards.metrics import refuse_all_failed, reward_metrics
+from skyrl.rewards.metrics import failures, refuse_all_failed, reward_metrics
 from skyrl.rewards.rewarder import Rewarder
 from skyrl.settings import Config, Squash, Std, Truncated
 
@@ -65,6 +66,7 @@ class FixedModel:
 
 def config(std: Std = Std.population, **reward: Any) -> Config:
     plain = {"model_weight": 1.0, "format_weight": 0.1, "squash": Squash.none, "verifier_timeout": 0.5}
+    plain["verifiers"] = {"mine": OWN, "crash": "hostile_verifiers:crash"}
     cfg = Config(reward=plain | reward)
     cfg.algorithm.grpo.std = std
     return cfg
@@ -75,7 +77,7 @@ def make(cfg: Config, *scores: list[float], prefix: str = "") -> Rewarder:
     with pytest.MonkeyPatch.context() as patch:
         from skyrl.policy.encode import PromptEncoder
 
-        patch.setattr(PromptEncoder, "from_pretrained", lambda folder, kwargs: SimpleNamespace(answer_prefix=prefix))
+        patch.setattr(PromptEncoder, "from_pretrained", lambda *args, **kwargs: SimpleNamespace(answer_prefix=prefix))
         rewarder = Rewarder(cfg, "no folder", None, 1)
     if scores:
         rewarder.model = FixedModel(*scores)  # type: ignore[assignment]
@@ -86,7 +88,7 @@ def make(cfg: Config, *scores: list[float], prefix: str = "") -> Rewarder:
 def rules() -> Iterator[Rewarder]:
     rewarder = make(config())
     yield rewarder
-    rewarder.runner.close()
+    rewarder.checks.close()
 
 
 def column(scored: SampleGroup, name: str) -> list[float]:
@@ -139,23 +141,23 @@ def parquet_config(folder: Path, *names: str, **own: str) -> Config:
     prompts = [Prompt(f"{i}", "?", (), "9", name) for i, name in enumerate(names)]
     write_parquet(folder / "mine.parquet", prompts)
     cfg = config(verifiers=own)
-    cfg.data.source, cfg.data.train_path, cfg.data.eval_path = "parquet", *2 * [str(folder / "mine.parquet")]
+    cfg.data.source, cfg.data.train_path, cfg.data.eval_path = "files", *2 * [str(folder / "mine.parquet")]
     return cfg
 
 
 def test_verifiers_that_the_data_name_are_checked_where_they_run(tmp_path: Path) -> None:
-    rewarder = make(parquet_config(tmp_path, "numeric", "math", "hostile_verifiers:right", "mine", mine=OWN))
+    rewarder = make(parquet_config(tmp_path, "numeric", "math", "mine", mine=OWN))
     rewarder.ready()
-    rewarder.runner.close()
-    for name, message in (
-        ("no_such_module:f", "verifier 'no_such_module:f'.*No module named 'no_such_module'"),
-        ("hostile_verifiers:absent", "verifier 'hostile_verifiers:absent'.*can't be imported"),
-        ("mine", "verifier 'mine'.*'hostile_verifiers:absent' can't be imported"),
+    rewarder.checks.close()
+    for path, message in (
+        ("no_such_module:f", "verifier 'mine'.*No module named 'no_such_module'"),
+        ("hostile_verifiers:absent", "verifier 'mine'.*'hostile_verifiers:absent' can't be imported"),
+        ("hostile_verifiers:not_a_function", "verifier 'mine'.*is a int; allowed: a function"),
     ):
-        rewarder = make(parquet_config(tmp_path, "numeric", name, mine="hostile_verifiers:absent"))
+        rewarder = make(parquet_config(tmp_path, "numeric", "mine", mine=path))
         with pytest.raises(DataError, match=message):
             rewarder.ready()
-        rewarder.runner.close()
+        rewarder.checks.close()
 
 
 def test_a_name_of_the_settings_is_known_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_a_name_of_the_settings_is_known_in_a_process_of_its_own(tmp_path: Path)
         "import pickle, sys; from types import SimpleNamespace\n"
         "from skyrl.policy.encode import PromptEncoder\n"
         "from skyrl.rewards.rewarder import Rewarder\n"
-        "PromptEncoder.from_pretrained = lambda folder, kwargs: SimpleNamespace(answer_prefix='')\n"
+        "PromptEncoder.from_pretrained = lambda *args, **kwargs: SimpleNamespace(answer_prefix='')\n"
         "cfg, group = pickle.loads(sys.stdin.buffer.read())\n"
         "rewarder = Rewarder(cfg, '', None, 1)\n"
         "rewarder.ready()\n"
@@ -303,7 +305,7 @@ def test_sample_with_error_takes_no_part() -> None:
 
 
 def test_verifier_that_crashes_is_an_error_not_a_zero(rules: Rewarder) -> None:
-    (scored,) = rules.score([group(RIGHT, CUT, CUT, verifier="hostile_verifiers:crash")])
+    (scored,) = rules.score([group(RIGHT, CUT, CUT, verifier="crash")])
     assert scored.samples[0].reward is None and "exit status 3" in str(scored.samples[0].error)
     assert part(SampleGroup(scored.prompt, scored.prompt_ids, scored.samples[1:]), "rule") == [0.0, 0.0]
     assert reward_metrics([scored], rules.cfg)["reward/errors"] == 1.0
@@ -347,6 +349,7 @@ def test_metrics() -> None:
     assert metrics == pytest.approx(
         {
             "reward/rule": 0.4,
+            "reward/rule/numeric": 0.4,
             "reward/accuracy": 0.4,
             "reward/format": 0.6,
             "reward/model": 0.8,
@@ -366,7 +369,7 @@ def test_what_was_not_measured_has_no_key(rules: Rewarder) -> None:
     assert reward_metrics([], rules.cfg) == {"reward/errors": 0.0}
     text_only = reward_metrics(rules.score([group(BARE, WRONG, picture=False)]), rules.cfg)
     assert set(text_only) == {
-        *(f"reward/{name}" for name in ("errors", "total", "rule", "format", "accuracy")),
+        *(f"reward/{name}" for name in ("errors", "total", "rule", "rule/numeric", "format", "accuracy")),
         *(f"response/{name}" for name in ("length_mean", "truncated_share", "repetition")),
     }
     silent = reward_metrics(rules.score([group(BARE, BARE)]), rules.cfg)
@@ -374,3 +377,71 @@ def test_what_was_not_measured_has_no_key(rules: Rewarder) -> None:
     assert "hallucination/false_claim_share" not in silent  # of no claims
     failed = reward_metrics(rules.score([group(RIGHT, answer="nine")]), rules.cfg)
     assert failed["reward/errors"] == 1.0 and "reward/total" not in failed and "response/length_mean" in failed
+
+
+# ---------------------------------------------------------------- other forms of an answer, several verifiers
+
+
+@pytest.mark.parametrize("prefix", ["", "<think>"])
+def test_answer_in_a_box(prefix: str) -> None:
+    rewarder = make(config(answer={"at": "boxed"}), prefix=prefix)
+    texts = [
+        r"<think>It is \boxed{8}.</think>\boxed{9}",
+        r"<think>It is \boxed{9}.",
+        r"<think>It is \boxed{9}.</think>9",
+    ]
+    (scored,) = rewarder.score([group(*(text.removeprefix(prefix) for text in texts))])
+    assert part(scored, "rule") == part(scored, "format") == [1.0, 0.0, 0.0]
+    assert column(scored, "answer") == ["9", None, None]
+    (bare,) = rewarder.score([group(r"\boxed{9}", "<answer>9</answer>")])
+    assert part(bare, "rule") == part(bare, "format") == ([0.0, 0.0] if prefix else [1.0, 0.0])
+
+
+def test_pattern_that_takes_for_ever_is_an_error_of_its_sample() -> None:
+    rewarder = make(config(answer={"at": "regex", "pattern": r"(?:a|aa)+$"}))
+    (scored,) = rewarder.score([group("a" * 9, "a" * 80 + "b", "9", answer="9", verifier="exact")])
+    assert [sample.reward is None for sample in scored.samples] == [False, True, False]
+    assert "sample 1: reward.answer.pattern took longer than 0.5 s" in str(scored.samples[1].error)
+
+
+def test_parts_of_the_rule_are_stored_and_logged() -> None:
+    rewarder = make(config())
+    checks = (Check("numeric", "9", 3.0), Check("exact", "9.0"))
+    both, alone = rewarder.score([group(RIGHT, WRONG, BARE.replace("9", "9.0"), checks=checks), group(BARE)])
+    assert part(both, "rules") == [{"numeric": 1, "exact": 0}, {"numeric": 0, "exact": 0}, {"numeric": 1, "exact": 1}]
+    assert part(both, "rule") == [0.75, 0.0, 1.0] and [sample.right for sample in both.samples] == [False, False, True]
+    metrics = reward_metrics([both, alone], rewarder.cfg)
+    check_names(metrics)
+    assert metrics["reward/rule"] == pytest.approx(2.75 / 4)
+    assert (metrics["reward/rule/numeric"], metrics["reward/rule/exact"]) == (3 / 4, pytest.approx(1 / 3))
+
+
+def test_function_of_another_system_reads_the_whole_text_and_may_give_more_than_1() -> None:
+    own = {"trl": "foreign_rewards:trl_tokens", "verl": "foreign_rewards:compute_score"}
+    rewarder = make(config(verifiers=own, verifier_timeout=20.0))
+    tokens, ends = rewarder.score([group("", CUT, verifier="trl"), group("9", "8", verifier="verl", kind="sums")])
+    rewarder.checks.close()
+    assert part(tokens, "rule") == [4.0, 5.0] and all(sample.right for sample in tokens.samples)
+    assert part(ends, "rule") == [1.0, 0.0] and [sample.right for sample in ends.samples] == [True, False]
+    assert column(tokens, "rule_advantage") == [-1.0, 1.0]
+
+
+def test_failures_are_told_with_verifier_count_and_example() -> None:
+    rewarder = make(config(verifiers={"strict": "foreign_rewards:fails_if_wrong"}, verifier_timeout=20.0))
+    groups = rewarder.score([group(RIGHT, WRONG, WRONG, verifier="strict"), group(RIGHT, WRONG)])
+    rewarder.checks.close()
+    assert part(SampleGroup(groups[0].prompt, groups[0].prompt_ids, groups[0].samples[:1]), "rule") == [1.0]
+    told = failures(groups, "step 1")
+    assert told is not None and told.startswith(
+        "step 1: answers that could not be scored: 2 of 3 by strict. They train"
+    )
+    assert "prompt 'train/17', sample 1: verifier 'strict': AssertionError: 16 is not 9" in told
+    assert failures(groups[1:], "step 1") is None
+
+
+def test_answers_that_hang_do_not_wait_for_each_other() -> None:
+    rewarder = make(config(verifiers={"hang": "hostile_verifiers:hang"}, verifier_timeout=2.0, verifier_processes=8))
+    start = time.monotonic()
+    (scored,) = rewarder.score([group(*(f"<answer>{n}</answer>" for n in [*range(8), *range(8)]), verifier="hang")])
+    assert time.monotonic() - start < 14  # 32 s one after the other, 16 s with equal ones judged once
+    assert all("killed after 2 s" in str(sample.error) for sample in scored.samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -10,22 +11,22 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import hostile_verifiers
 import pytest
 
 from skyrl.records import DataError
+from skyrl.rewards.conventions import Takes
 from skyrl.rewards.runner import VerifierRunner
 
 HERE = str(Path(__file__).parent)
+NAMES = [name for name, one in vars(hostile_verifiers).items() if inspect.isfunction(one)]
+OWN = {name: f"hostile_verifiers:{name}" for name in [*NAMES, "no_such"]}
 
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[VerifierRunner]:
-    with closing(VerifierRunner(timeout=0.5)) as runner:
+    with closing(VerifierRunner(timeout=0.5, own=OWN)) as runner:
         yield runner
-
-
-def bad(name: str) -> str:
-    return f"hostile_verifiers:{name}"
 
 
 def gone(pid: int) -> bool:
@@ -76,45 +77,45 @@ def test_broken_truth_is_an_error_not_a_zero() -> None:
 )
 def test_misbehaviour_is_an_error_of_that_sample_only(runner: VerifierRunner, name: str, seen: str) -> None:
     start = time.monotonic()
-    verdict = runner.verify(bad(name), "x" * 500, "9")
+    verdict = runner.verify(name, "x" * 500, "9")
     assert verdict.score is None
-    assert seen in str(verdict.error) and f"hostile_verifiers:{name}" in str(verdict.error)
+    assert seen in str(verdict.error) and f"verifier {name!r}" in str(verdict.error)
     assert "x" * 80 + "…" in str(verdict.error) and "x" * 81 not in str(verdict.error)
     assert time.monotonic() - start < 10
-    assert runner.verify(bad("right"), "9", "9").score == 1.0
-    assert runner.verify(bad("right"), "8", "9").score == 0.0
+    assert runner.verify("right", "9", "9").score == 1.0
+    assert runner.verify("right", "8", "9").score == 0.0
 
 
 def test_process_is_kept_between_answers_and_replaced_after_a_crash(runner: VerifierRunner) -> None:
-    first, second = runner.verify(bad("process_id"), "", ""), runner.verify(bad("process_id"), "", "")
+    first, second = runner.verify("process_id", "", ""), runner.verify("process_id", "", "")
     assert first == second
-    runner.verify(bad("fail"), "", "")
-    assert runner.verify(bad("process_id"), "", "") == first
-    runner.verify(bad("crash"), "", "")
-    assert runner.verify(bad("process_id"), "", "") != first
+    runner.verify("fail", "", "")
+    assert runner.verify("process_id", "", "") == first
+    runner.verify("crash", "", "")
+    assert runner.verify("process_id", "", "") != first
 
 
 def test_process_that_died_while_idle_costs_no_sample(runner: VerifierRunner) -> None:
-    runner.verify(bad("right"), "", "")
+    runner.verify("right", "", "")
     child = runner._child
     assert child is not None
     child.process.kill()
     assert eventually(lambda: gone(child.process.pid))
-    assert runner.verify(bad("right"), "9", "9").score == 1.0
+    assert runner.verify("right", "9", "9").score == 1.0
 
 
 def test_kill_takes_the_verifiers_own_processes_along(runner: VerifierRunner, tmp_path: Path) -> None:
-    runner.verify(bad("hang_with_child"), str(tmp_path / "pid"), "")
+    runner.verify("hang_with_child", str(tmp_path / "pid"), "")
     assert eventually(lambda: gone(int((tmp_path / "pid").read_text())))
 
 
 def test_child_imports_no_heavy_module(runner: VerifierRunner) -> None:
-    assert runner.verify(bad("heavy_modules"), "", "").score == 1.0
+    assert runner.verify("heavy_modules", "", "").score == 1.0
 
 
 def test_prints_do_not_break_the_protocol(runner: VerifierRunner, capfd: pytest.CaptureFixture[str]) -> None:
     runner.close()  # a child takes its file descriptors when it starts
-    assert runner.verify(bad("chatter"), "", "").score == 1.0
+    assert runner.verify("chatter", "", "").score == 1.0
     assert capfd.readouterr().out == ""
 
 
@@ -122,15 +123,15 @@ def test_unknown_name_raises(runner: VerifierRunner) -> None:
     with pytest.raises(DataError, match="'nope'"):
         runner.verify("nope", "", "")
     with pytest.raises(DataError, match="'nope'"):
-        runner.check("nope")
+        runner.takes("nope")
 
 
 def test_own_names() -> None:
-    with closing(VerifierRunner(timeout=5.0, own={"mine": bad("right"), "gone": bad("absent")})) as runner:
+    with closing(VerifierRunner(timeout=5.0, own={"mine": OWN["right"], "gone": "hostile_verifiers:absent"})) as runner:
         assert [runner.verify("mine", answer, "9").score for answer in ("9", "8")] == [1.0, 0.0]
-        runner.check("mine")
+        assert runner.takes("mine") is Takes.answer
         with pytest.raises(DataError, match=r"verifier 'gone'.*absent' can't be imported"):
-            runner.check("gone")
+            runner.takes("gone")
         assert "verifier 'gone'" in str(runner.verify("gone", "9", "9").error)
         assert runner.verify("numeric", "9.0", "9").score == 1.0
 
@@ -150,9 +151,9 @@ def test_works_beside_threads_and_off_the_main_thread() -> None:
 
 
 def test_close_ends_the_process_and_is_repeatable() -> None:
-    runner = VerifierRunner(timeout=0.5)
+    runner = VerifierRunner(timeout=0.5, own=OWN)
     runner.close()
-    runner.verify(bad("right"), "", "")
+    runner.verify("right", "", "")
     child = runner._child
     assert child is not None
     runner.close()
@@ -164,7 +165,7 @@ def test_child_ends_with_a_killed_parent() -> None:
     code = (
         f"import sys, os; sys.path.insert(0, {HERE!r})\n"
         "from skyrl.rewards.runner import VerifierRunner\n"
-        "runner = VerifierRunner(1.0); runner.verify('hostile_verifiers:right', '', '')\n"
+        "runner = VerifierRunner(1.0, own={'mine': 'hostile_verifiers:right'}); runner.verify('mine', '', '')\n"
         "print(runner._child.process.pid, flush=True); os.kill(os.getpid(), 9)\n"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
@@ -194,9 +195,11 @@ def test_endless_math_is_killed() -> None:
     assert verdict.score is None and "killed after 2 s" in str(verdict.error)
 
 
-@pytest.mark.parametrize("truth", ["50%", "$50\\%$", "\\boxed{50\\%}", "50°", "50"])
-def test_signs_of_per_cent_and_degree_count_for_nothing(truth: str) -> None:
-    assert [math_runner().verify("math", answer, truth).score for answer in ("50\\%", "50^\\circ", "51%")] == [1, 1, 0]
+@pytest.mark.parametrize(
+    ("truth", "right"), [("50%", "50\\%"), ("$50\\%$", "0.5"), ("50°", "50^\\circ"), ("50", "50%")]
+)
+def test_signs_of_per_cent_and_degree(truth: str, right: str) -> None:
+    assert [math_runner().verify("math", answer, truth).score for answer in (right, "50", "51%")] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("truth", ["", "\\frac{", "x^2+", "???"])

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from skyrl.policy.chat import ChatTemplate
-from skyrl.records import ConfigError, DataError, Prompt
+from skyrl.policy.chat import ChatTemplate, misplaced
+from skyrl.policy.processor import load_processor
+from skyrl.records import ConfigError, DataError, Prompt, Turn
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """Can be sampled, and stay in texts, even if a tokenizer calls them special; the first opens the reasoning."""
-TEXT_KEYS = frozenset({"input_ids", "attention_mask"})
+TEXT_KEYS = frozenset({"input_ids", "attention_mask", "labels"})
+"""What the learner makes itself; PaliGemma's processor gives labels too."""
 TYPE_KEYS = frozenset({"token_type_ids", "mm_token_type_ids"})
 """[1, P]: which prompt tokens are a picture's. Qwen's positions and Gemma's attention mask are made from them."""
 PICTURE_ROLES = ("image_token", "video_token", "audio_token")
@@ -54,13 +56,18 @@ class PromptEncoder:
         processor: What ``AutoProcessor.from_pretrained`` returns for the policy: of a text model a plain tokenizer.
         chat_template_kwargs: Further variables of the chat template.
         stop_ids: Tokens that may end an answer, beside the tokenizer's end of sequence.
+        tags: Those of ``reward.answer``, which open and close the reasoning and the answer.
 
     Raises:
         ConfigError: if the chat template is missing or of no use, or if nothing can end an answer.
     """
 
     def __init__(
-        self, processor: Any, chat_template_kwargs: dict[str, Any] | None = None, stop_ids: Sequence[int] = ()
+        self,
+        processor: Any,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        stop_ids: Sequence[int] = (),
+        tags: Sequence[str] = TAGS,
     ) -> None:
         self.processor = processor
         self.tokenizer = tokenizer = getattr(processor, "tokenizer", processor)
@@ -80,14 +87,14 @@ class PromptEncoder:
         self.stop_token_ids = tuple(sorted({self.turn_end_id, *ends}))
         """All tokens that may end an answer."""
         spelled = special | {i: tokenizer.convert_ids_to_tokens(i) for i in self.stop_token_ids}
-        self.special_tags = {text: i for i, text in spelled.items() if text in TAGS}
+        self.special_tags = {text: i for i, text in spelled.items() if text in tags}
         """Tags that are special or stop tokens → ids. Engines leave these out of their texts: see ``decode_answer``."""
         self._end_tags = {*self.special_tags.values()} & {*self.stop_token_ids}
         self._hidden = special.keys() - self.special_tags.values()
         opening = self._chat.opening
-        self.answer_prefix = TAGS[0] if opening.rstrip().endswith(TAGS[0]) else ""
+        self.answer_prefix = tags[0] if opening.rstrip().endswith(tags[0]) else ""
         """``<think>`` if the chat template itself writes it where the answer begins: no answer's text has it then."""
-        self._opening = opening[opening.rfind(TAGS[0]) :] if self.answer_prefix else ""
+        self._opening = opening[opening.rfind(tags[0]) :] if self.answer_prefix else ""
         roles = [getattr(part, role, None) for part in (processor, tokenizer) for role in PICTURE_ROLES]
         self._placeholders = {token for token in roles if token}
         control = {*special.values(), *(str(added[i]) for i in self.stop_token_ids if i in added)}
@@ -95,12 +102,16 @@ class PromptEncoder:
         self._cache: dict[tuple[str, str], Encoded] = {}
 
     @classmethod
-    def from_pretrained(cls, folder: str, chat_template_kwargs: dict[str, Any] | None = None) -> PromptEncoder:
+    def from_pretrained(
+        cls,
+        folder: str,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        tags: Sequence[str] = TAGS,
+    ) -> PromptEncoder:
         """Of a Hugging Face folder, with the stop tokens that its configurations name. Errors: as the class."""
-        from transformers import AutoProcessor
-
-        processor = AutoProcessor.from_pretrained(folder)
-        return cls(processor, chat_template_kwargs, _configured_ends(Path(folder), processor))
+        processor = load_processor(folder, trust_remote_code)
+        return cls(processor, chat_template_kwargs, _configured_ends(Path(folder), processor), tags)
 
     def _turn_end(self, special: Set[int], ends: list[int]) -> int:
         """First special or stop token behind an answer, a stop token that begins the next turn, or any of ``ends``."""
@@ -151,31 +162,48 @@ class PromptEncoder:
         """Look for what can't be asked, without opening a picture or encoding a word.
 
         Raises:
-            DataError: if the question spells out a special token or a picture placeholder, which the model would take
-                for a real one, or if there are pictures and the model takes none.
+            DataError: if one of its texts spells out a special token or a picture placeholder, which the model would
+                take for a real one, or if there are pictures and the model takes none.
         """
         if prompt.images and self.image_token is None:
             raise DataError(f"prompt {prompt.id!r} has {len(prompt.images)} picture(s), but the policy takes text only")
         usual = ["<image>"] if prompt.images else []  # many data sets write it, whatever the model's own placeholder is
-        found = next((token for token in usual + self._control if token in prompt.question), None)
-        if found is not None:
-            kind = "picture placeholder" if found in {*usual, *self._placeholders} else "special token"
-            raise DataError(f"prompt {prompt.id!r}: the question contains the {kind} {found!r}; remove it")
+        for turn in prompt.turns or (Turn("user", (prompt.question,)),):
+            text = "".join(part or "" for part in turn.parts)
+            found = next((token for token in usual + self._control if token in text), None)
+            if found is not None:
+                kind = "picture placeholder" if found in {*usual, *self._placeholders} else "special token"
+                place = f"{turn.role} turn" if prompt.turns else "question"
+                raise DataError(f"prompt {prompt.id!r}: the {place} contains the {kind} {found!r}; remove it")
 
     def chat_text(self, prompt: Prompt) -> str:
         """The prompt as text, one placeholder per picture, up to where the answer begins.
 
         Raises:
             DataError: as :meth:`check_question`.
-            ConfigError: if the chat template does not write as many placeholders as there are pictures.
+            ConfigError: if the chat template does not write as many placeholders as there are pictures, or can't write
+                the conversation as it is.
         """
         self.check_question(prompt)
-        pictures = len(prompt.images)
-        text = self._chat.prompt(prompt.question, pictures)
+        pictures, turns = len(prompt.images), prompt.conversation
+        try:
+            text = self._chat.prompt(turns)
+        except ConfigError as error:
+            raise ConfigError(f"prompt {prompt.id!r}: {error}") from error
         if self.image_token and (written := text.count(self.image_token)) != pictures:
             what = f"{written} placeholders {self.image_token!r} for {pictures} picture(s)"
             raise ConfigError(f"prompt {prompt.id!r}: the chat template wrote {what}")
+        if prompt.turns and (lost := misplaced(text, turns, self.image_token)) is not None:
+            where = f"left out or moved past a picture: {lost[:60]!r}"
+            raise ConfigError(f"prompt {prompt.id!r}: the chat template changes the conversation; {where}")
         return text
+
+    def answered_text(self, prompt: Prompt, answer: str) -> str:
+        """The prompt and an answer to it as the chat template writes a conversation that has ended. Errors: as
+        :meth:`chat_text`, also for an answer that spells out a special token."""
+        answered = replace(prompt, turns=(*prompt.conversation, Turn("assistant", (answer,))))
+        self.check_question(answered)
+        return self._chat.prompt(answered.turns, answer_next=False)
 
     def text_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of :meth:`chat_text` with each placeholder still a single token, as vLLM wants them."""
@@ -186,13 +214,14 @@ class PromptEncoder:
 
     def encode(self, prompt: Prompt) -> Encoded:
         """Prompt ids int32 [P], placeholders expanded, and the processor's picture tensors."""
-        found = self._cache.pop(prompt.key, None) or self._encoded(prompt)
+        found = self._cache.pop(prompt.key, None) or self.encode_anew(prompt)
         self._cache[prompt.key] = found  # behind those that were used longer ago
         if len(self._cache) > CACHED_PROMPTS:
             del self._cache[next(iter(self._cache))]
         return found
 
-    def _encoded(self, prompt: Prompt) -> Encoded:
+    def encode_anew(self, prompt: Prompt) -> Encoded:
+        """As :meth:`encode`, past its memory."""
         if not prompt.images:
             return np.asarray(self.text_ids(prompt), dtype=np.int32), {}
         from PIL import Image

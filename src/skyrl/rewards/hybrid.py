@@ -15,7 +15,12 @@ _UNDERFLOW = 1e-150
 
 
 def hybrid_reward(
-    rule: np.ndarray, model: np.ndarray | None, format: np.ndarray, cfg: RewardConfig, length: np.ndarray | None = None
+    rule: np.ndarray,
+    model: np.ndarray | None,
+    format: np.ndarray,
+    cfg: RewardConfig,
+    length: np.ndarray | None = None,
+    fitted: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, float]:
     """Total reward of the scored samples of one group (Skywork R1V2, Eq. 7, with weights):
 
@@ -29,6 +34,7 @@ def hybrid_reward(
         format: [G], 0 or 1.
         cfg: Gives ``model_weight`` w, ``format_weight`` w_f, ``squash`` and ``squash_scale``.
         length: [G], of :func:`length_penalty`, or ``None`` without one.
+        fitted: Centre and scale of the raw scores; ``None`` takes 0 and ``squash_scale``.
 
     Returns:
         Total, float64 [G], and how much of its spread may be rounding: the sum of the parts' :func:`float32_noise`, at
@@ -48,33 +54,35 @@ def hybrid_reward(
             raise DataError(f"the {name} rewards of a group must be finite, got {part.tolist()}")
     parts["format"] = cfg.format_weight * parts["format"]
     if model is not None:
-        parts["model"] = cfg.model_weight * squash(parts["model"], cfg.squash, cfg.squash_scale)
+        centre, scale = fitted or (0.0, cfg.squash_scale)
+        parts["model"] = cfg.model_weight * squash(parts["model"] - centre, cfg.squash, scale)
     noise = sum(float32_noise(part) for part in parts.values())
     return np.sum(list(parts.values()), axis=0), max(FLOAT32_NOISE, noise)
 
 
-def squash(scores: np.ndarray, how: Squash, scale: float) -> np.ndarray:
+def squash(scores: np.ndarray, how: Squash, scale: float | None) -> np.ndarray:
     """Bring raw reward-model scores of one group to a common size.
 
     Args:
         scores: [G], finite, in the reward model's raw units.
         how: See :class:`skyrl.settings.Squash`.
-        scale: Divides the score inside ``sigmoid`` and ``tanh``. One that isn't above 0 is a :class:`ConfigError`.
+        scale: Divides the score inside ``sigmoid`` and ``tanh``. One that isn't above 0 is a :class:`ConfigError`; the
+            other two need none.
 
     Returns:
         float64 [G]. ``group_standardise`` uses the population's standard deviation and gives exact zeros where the
         scores tie within float32 rounding.
     """
     values = np.asarray(scores, dtype=np.float64)
-    if not scale > 0:
+    if scale is not None and not scale > 0:
         raise ConfigError(f"reward.squash_scale is {scale}; it must be above 0")
     if how is Squash.none or values.size == 0:
         return values.copy()
-    if how is Squash.sigmoid:
-        # 1 / (1 + exp(-x)), written so that no score, however large, overflows.
-        return 0.5 * (1.0 + np.tanh(0.5 * values / scale))
-    if how is Squash.tanh:
-        return np.tanh(values / scale)
+    if how in (Squash.sigmoid, Squash.tanh):
+        if scale is None:
+            raise ConfigError("reward.squash_scale is null and nothing was fitted; give it a number above 0")
+        # The sigmoid is 1 / (1 + exp(-x)), written so that no score, however large, overflows.
+        return np.tanh(values / scale) if how is Squash.tanh else 0.5 * (1.0 + np.tanh(0.5 * values / scale))
     if tied(values, float32_noise(values)):
         return np.zeros_like(values)
     return (values - values.mean()) / (values.std() + 1e-6)

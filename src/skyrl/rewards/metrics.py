@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,10 +17,13 @@ def answer_metrics(groups: list[SampleGroup]) -> Metrics:
     the others), ``response/…`` over all samples. docs/metrics.md defines each."""
     samples = flatten(groups)
     rewards = [sample.reward for sample in samples if sample.reward is not None]
+    names = sorted({name for reward in rewards for name in reward.rules})
+    parts = {f"reward/rule/{name}": [r.rules[name] for r in rewards if name in r.rules] for name in names}
     return {"reward/errors": float(sum(sample.error is not None for sample in samples))} | means(
         {
             "reward/total": [reward.total for reward in rewards],
             "reward/rule": [reward.rule for reward in rewards],
+            **parts,
             "reward/format": [reward.format for reward in rewards],
             "reward/model": [reward.model for reward in rewards if reward.model is not None],
             "reward/accuracy": [reward.right for reward in rewards],
@@ -65,6 +69,25 @@ def refuse_all_failed(groups: list[SampleGroup], when: str) -> None:
     samples = flatten(groups)
     if samples and all(sample.error is not None for sample in samples):
         raise SkyrlError(f"{when}: none of the {len(samples)} answers could be scored; the first: {samples[0].error}")
+
+
+def failures(groups: list[SampleGroup], when: str) -> str | None:
+    """What the user should read of answers that could not be scored, if there are any: how many, by which verifiers,
+    and one of them. A verifier that fails only for wrong answers would else look like an accuracy of 1."""
+    asked: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    for group in groups:
+        name = " and ".join(check.verifier or "reward.verifier" for check in group.prompt.all_checks)
+        asked[name] += len(group.samples)
+        failed[name] += sum(sample.error is not None for sample in group.samples)
+    counts = [f"{failed[name]} of {asked[name]} by {name}" for name in asked if failed[name]]
+    if not counts:
+        return None
+    first = next(sample.error for sample in flatten(groups) if sample.error is not None)
+    return (
+        f"{when}: answers that could not be scored: {', '.join(counts)}. They train nothing and count in no accuracy "
+        f"(reward/errors, eval/errors). The first: {first}"
+    )
 
 
 def repeated_share(token_ids: np.ndarray, n: int = 4) -> float:

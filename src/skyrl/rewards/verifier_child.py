@@ -2,38 +2,34 @@
 
 Messages are JSON, so that nothing which comes back can run code in the parent::
 
-    child  → {"ready": true}                                        once
-    parent → {"reference": …, "answer": …, "truth": …}              without an answer (null) it is only imported
-    child  → {"loaded": true}                                       the verifier is imported, the clock starts
-    child  → {"score": 1.0}  or  {"error": "ValueError: …"}
+    child  → {"ready": true}                          once
+    parent → {"reference": …, "arguments": {…}}       without arguments (null) it is only imported
+    child  → {"takes": "answer"}                      the verifier is imported, the clock starts
+    child  → {"scores": [1.0]}  or  {"error": "ValueError: …"}
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import signal
 from multiprocessing.connection import Connection
-from numbers import Real
 from typing import Any
 
-from skyrl.records import DataError
+from skyrl.rewards.conventions import Takes, convention, scores
 from skyrl.rewards.verifiers import load_verifier
 
 MEMORY_LIMIT = 4 << 30
 """Bytes of private memory. ``2^{10^{12}}`` would otherwise fill the machine before its time is up."""
 START_LIMIT = 120.0
 """Seconds that the process may take to start, and to import a verifier the first time (sympy on a cold disk)."""
+OWN_LIMIT = 0.8
+"""Share of the time that a verifier with a parameter ``seconds`` may spend on what it waits for, so that it can still
+say what came of it."""
 BACKSTOP = 5.0
 """Seconds after which a verification that the parent should long have killed ends this process by itself."""
-
-
-def checked_score(score: Any) -> float:
-    """The score as a float; :class:`DataError` if it isn't a number in [0, 1]."""
-    if isinstance(score, Real) and 0.0 <= float(score) <= 1.0:
-        return float(score)
-    got = float(score) if isinstance(score, Real) else f"{str(score)[:80]!r} ({type(score).__name__})"
-    raise DataError(f"the verifier returned {got}; allowed: a number in [0, 1]")
 
 
 def describe(error: Exception) -> str:
@@ -41,33 +37,37 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def send(pipe: Connection, **message: Any) -> None:
-    """Put one message into the pipe."""
-    pipe.send_bytes(json.dumps(message).encode())
+def encoded(**message: Any) -> bytes:
+    """One message."""
+    return json.dumps(message).encode()
 
 
 def main(fd: int, limit: float) -> None:
-    """Serve verifications over the pipe ``fd``; each may take ``limit`` seconds once its verifier is imported."""
+    """Serve verifications over the pipe ``fd``; each may take ``limit`` seconds once its verifier is imported. The
+    working folder is the process's own: it goes with it."""
     _, allowed = resource.getrlimit(resource.RLIMIT_DATA)
     memory = MEMORY_LIMIT if allowed == resource.RLIM_INFINITY else min(MEMORY_LIMIT, allowed)
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pipe = Connection(fd)
-    send(pipe, ready=True)
+    pipe, folder = Connection(fd), os.getcwd()
+    pipe.send_bytes(encoded(ready=True))
     while True:
         try:
             request = json.loads(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):  # the parent is gone or has closed its end
-            return
+            return shutil.rmtree(folder, ignore_errors=True)
         try:
             _die_after(START_LIMIT + BACKSTOP)
             verifier = load_verifier(request["reference"])
+            takes = convention(verifier, request["reference"])
             _die_after(limit + BACKSTOP)
-            send(pipe, loaded=True)
-            if request["answer"] is not None:
-                send(pipe, score=checked_score(verifier(request["answer"], request["truth"])))
+            pipe.send_bytes(encoded(takes=takes.value))
+            if (given := request["arguments"]) is not None:
+                if takes in (Takes.answer, Takes.text):
+                    given |= {"seconds": OWN_LIMIT * limit}
+                pipe.send_bytes(encoded(scores=scores(verifier, takes, given)))
         except Exception as error:  # noqa: BLE001 - whatever a verifier raises is reported as its sample's error
-            send(pipe, error=describe(error))
+            pipe.send_bytes(encoded(error=describe(error)))
         _die_after(0)
 
 
