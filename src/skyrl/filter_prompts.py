@@ -46,7 +46,7 @@ Settings are those of python -m skyrl.launch. The ones that matter most here:
 
 Examples:
   python -m skyrl.filter_prompts filter.rows=2000
-  python -m skyrl.filter_prompts data=parquet data.train_path=train.parquet data.eval_path=eval.parquet \\
+  python -m skyrl.filter_prompts data=files data.train_path=train.parquet data.eval_path=eval.parquet \\
       model=huggingface model.policy=/path/to/model
   python -m skyrl.launch data.pool_path=pool.parquet data.pool_max=0.9
 docs/selective_sample_buffer.md explains the pass, docs/configuration.md every setting.
@@ -78,7 +78,7 @@ def filter_prompts(cfg: Config, console: Console) -> Path:
     from skyrl.data.datasets import build_datasets
     from skyrl.data.pool import write_pool
     from skyrl.run import model_folders, with_absolute_paths
-    from skyrl.system import start_system
+    from skyrl.system import fitting_rows, start_system
 
     output = Path(cfg.filter.output).absolute()
     cfg = with_absolute_paths(cfg)
@@ -87,7 +87,10 @@ def filter_prompts(cfg: Config, console: Console) -> Path:
         console.print(f"starting {cfg.rollout.num_workers} rollout and {cfg.reward.num_workers} reward members")
         with start_system(cfg, policy, reward, train=False) as system:
             size = system.sizes()["train"]
-            rows = roll_out(cfg, system, min(size, cfg.filter.rows or size), console)
+            wanted: Sequence[int] = range(min(size, cfg.filter.rows or size))
+            if cfg.data.source != "digits":
+                wanted = fitting_rows(cfg, system, "train", wanted, console)
+            rows = roll_out(cfg, system, wanted, console)
     origin = {
         "policy": policy,
         "samples_per_prompt": cfg.rollout.samples_per_prompt,
@@ -102,8 +105,8 @@ def filter_prompts(cfg: Config, console: Console) -> Path:
     return output
 
 
-def roll_out(cfg: Config, system: System, count: int, console: Console) -> list[PoolRow]:
-    """Sample and score the first ``count`` training rows, ``rollout.prompts_per_step`` at a time, with a progress bar.
+def roll_out(cfg: Config, system: System, wanted: Sequence[int], console: Console) -> list[PoolRow]:
+    """Sample and score these training rows, ``rollout.prompts_per_step`` at a time, with a progress bar.
 
     Returns:
         One row per prompt, in order.
@@ -111,10 +114,10 @@ def roll_out(cfg: Config, system: System, count: int, console: Console) -> list[
     from skyrl.data.pool import PoolRow
 
     rollout, found = cfg.rollout, list[PoolRow]()
-    asked: deque[tuple[range, list[list[SampleGroup]]]] = deque()
+    asked: deque[tuple[Sequence[int], list[list[SampleGroup]]]] = deque()
     columns = (TextColumn("rolling out"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as bar:
-        task = bar.add_task("", total=count)
+        task = bar.add_task("", total=len(wanted))
 
         def collect() -> None:
             rows, promises = asked.popleft()
@@ -122,8 +125,8 @@ def roll_out(cfg: Config, system: System, count: int, console: Console) -> list[
             found.extend(PoolRow.of(row, group) for row, group in zip(rows, groups, strict=True))
             bar.update(task, completed=len(found))
 
-        for start in range(0, count, rollout.prompts_per_step):
-            rows = range(start, min(count, start + rollout.prompts_per_step))
+        for start in range(0, len(wanted), rollout.prompts_per_step):
+            rows = wanted[start : start + rollout.prompts_per_step]
             request = RolloutRequest(
                 "train", tuple(rows), STEP, rollout.samples_per_prompt, greedy=False, seed=cfg.controller.seed
             )

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from skyrl.data.parquet import COLUMNS, ParquetPrompts, main
-from skyrl.data.parquet_table import Column
-from skyrl.data.preference_pairs import PAIR_COLUMNS
-from skyrl.data.preference_pairs import main as check_pairs
+from skyrl.data.files import COLUMNS, FilePrompts
+from skyrl.data.layouts import detected
+from skyrl.data.parquet import COLUMNS as WRITTEN
+from skyrl.data.preference_pairs import PAIR_COLUMNS, main
+from skyrl.settings import Layout
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -19,23 +20,48 @@ TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/data.md", "exec"), names)
-    assert main(["train.parquet", "eval.parquet", "mine.parquet"]) == 0
-    assert check_pairs(["pairs.parquet"]) == 0
-    mine = ParquetPrompts("mine.parquet")[0]
+    assert [
+        list(FilePrompts(f"{name}.parquet").problems(lambda prompt: None)) for name in ("train", "eval", "mine")
+    ] == [[], [], []]
+    assert main(["pairs.parquet"]) == 0
+    mine = FilePrompts("mine.parquet")[0]
     assert (mine.id, mine.images[0].tolist(), mine.facts) == ("mine/0", names["red"].tolist(), {"colour": "red"})
     own = names["prompts"](names["cfg"])
     assert (len(own["train"]), len(own["eval"]), own["eval"][0].answer) == (49, 512, "100")
     assert [names["close_enough"](answer, "red") for answer in ("Red ", "rose", "blue")] == [1.0, 0.5, 0.0]
 
 
-@pytest.mark.parametrize(("section", "columns"), [("Columns", COLUMNS), ("Preference pairs", PAIR_COLUMNS)])
-def test_every_column_is_in_the_table(section: str, columns: dict[str, Column]) -> None:
+def rows(section: str) -> dict[str, list[str]]:
+    """First cell → the others, of a section's table."""
     (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (yes|no) \|", text, re.MULTILINE)
-    assert {name for name, _, _ in rows} == set(columns) and len(rows) == len(columns)
-    required = {name for name, column in columns.items() if column.required}
-    assert {name for name, _, needed in rows if needed == "yes"} == required and len(required) == 3
+    cells = [
+        [one.strip() for one in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| `")
+    ]
+    assert len({row[0] for row in cells}) == len(cells)
+    return {row[0].strip("| `"): row[1:] for row in cells}
+
+
+def test_every_column_is_in_the_tables() -> None:
+    assert set(rows("Columns")) == set(COLUMNS) == set(WRITTEN)
+    pairs = rows("Preference pairs")
+    assert set(pairs) == set(PAIR_COLUMNS)
+    assert {name for name, cells in pairs.items() if cells[1] == "yes"} == {
+        name for name, column in PAIR_COLUMNS.items() if column.required
+    }
+
+
+def test_every_layout_is_in_the_table_and_found_by_what_it_says() -> None:
+    assert set(rows("Layouts")) == {layout.value for layout in Layout} - {"auto"}
+    for columns, layout in (
+        ("question", Layout.skyrl),
+        ("messages answer", Layout.skyrl),
+        ("prompt data_source", Layout.verl),
+        ("problem answer", Layout.verl),
+        ("prompt", Layout.trl),
+        ("messages", Layout.swift),
+    ):
+        assert detected(columns.split()) is layout

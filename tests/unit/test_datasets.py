@@ -36,11 +36,11 @@ def test_digits() -> None:
     assert {datasets["train"][row].kind for row in range(30)} == {"max", "count"}
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_files(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [text(f"a{i}") for i in range(9)])
     write_parquet(tmp_path / "b.parquet", [text(f"b{i}", "exact") for i in range(9)])
     paths = {"train_path": str(tmp_path / "a.parquet"), "eval_path": str(tmp_path / "b.parquet")}
-    datasets = build_datasets(config(source="parquet", eval_size=4, **paths))
+    datasets = build_datasets(config(source="files", eval_size=4, **paths))
     assert [len(part) for part in datasets.values()] == [9, 4]
     assert (datasets["train"][8].id, datasets["eval"][3].id) == ("a8", "b3")
     assert verifier_names(datasets.values()) == ["exact", "numeric"]
@@ -48,7 +48,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_names_of_verifiers_come_from_the_settings(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [text("a", "close")])
-    cfg = config(source="parquet", train_path=str(tmp_path / "a.parquet"), eval_path=str(tmp_path / "a.parquet"))
+    cfg = config(source="files", train_path=str(tmp_path / "a.parquet"), eval_path=str(tmp_path / "a.parquet"))
     with pytest.raises(DataError, match="row 0, column 'verifier': unknown verifier 'close'"):
         build_datasets(cfg)
     cfg.reward.verifiers = {"close": "my_verifiers:close_enough"}
@@ -60,9 +60,9 @@ def test_an_id_may_not_mean_two_prompts(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", [text("z"), text("y")])
     one, other = str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"1 id\(s\) stand both in .*a.parquet and in .*b.parquet, first 'y'"):
-        build_datasets(config(source="parquet", train_path=one, eval_path=other))
-    build_datasets(config(source="parquet", train_path=one, eval_path=other, eval_size=1))
-    build_datasets(config(source="parquet", train_path=one, eval_path=one))  # learning by heart, on purpose
+        build_datasets(config(source="files", train_path=one, eval_path=other))
+    build_datasets(config(source="files", train_path=one, eval_path=other, eval_size=1))
+    build_datasets(config(source="files", train_path=one, eval_path=one))  # learning by heart, on purpose
 
 
 def own_source(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
@@ -101,7 +101,7 @@ def test_a_source_of_ones_own_must_make_both_splits(monkeypatch: pytest.MonkeyPa
             "data.source=no_module:prompts: No module named 'no_module'; allowed: digits",
         ),
         ({"source": "json:prompts"}, "data.source=json:prompts: module 'json' has no attribute 'prompts'; allowed"),
-        ({"source": "parquet"}, "data.source=parquet needs data.train_path"),
+        ({"source": "files"}, "data.source=files needs data.train_path"),
     ],
 )
 def test_what_is_refused(data: dict[str, Any], message: str) -> None:
@@ -111,11 +111,39 @@ def test_what_is_refused(data: dict[str, Any], message: str) -> None:
 
 def test_a_name_that_is_no_source_is_never_taken_for_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.SOURCES, "digits", "csv")
-    with pytest.raises(DataError, match="no source has the name 'csv'; allowed: digits, parquet, or package"):
+    with pytest.raises(DataError, match="no source has the name 'csv'; allowed: digits, files, or package"):
         build_datasets(Config())
 
 
 def test_a_missing_evaluation_file(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [text("a")])
-    with pytest.raises(DataError, match=r"needs data\.eval_path: a parquet file; got null"):
-        build_datasets(config(source="parquet", train_path=str(tmp_path / "a.parquet")))
+    with pytest.raises(DataError, match=r"needs data\.eval_path: a file or folder; got null"):
+        build_datasets(config(source="files", train_path=str(tmp_path / "a.parquet")))
+
+
+# ---------------------------------------------------------------- several files
+
+
+def test_several_files_are_one_data_set(tmp_path: Path) -> None:
+    for name, size in (("a", 5), ("b", 3), ("c", 30), ("d", 10)):
+        write_parquet(
+            tmp_path / f"{name}.parquet",
+            [text(f"{name}{i}", "exact" if name == "b" else "numeric") for i in range(size)],
+        )
+    (tmp_path / "e.jsonl").write_text('{"prompt": "1+1?", "answer": 2, "verifier": "numeric"}\n')
+    paths = [str(tmp_path / f"{name}.parquet") for name in "abcd"]
+    train, held_out = [paths[0], str(tmp_path / "e.jsonl"), paths[1]], paths[2:]
+    made = build_datasets(config(source="files", train_path=train, eval_path=held_out, eval_size=8))
+    mixed: Any = made["train"]
+    assert mixed.sizes == [5, 1, 3] and len(mixed) == 9
+    assert [mixed[row].id for row in (0, 4, 5, 6, 8)] == ["a0", "a4", "e/0", "b0", "b2"]
+    assert mixed.ids() == [mixed[row].id for row in range(9)] and mixed.outline(8).id == "b2"
+    assert verifier_names([mixed]) == ["exact", "numeric"]
+    # eval_size rows, shared by the sizes of the files.
+    assert [made["eval"][row].id for row in range(8)] == [*(f"c{i}" for i in range(6)), "d0", "d1"]
+    for row in (-1, 9):
+        with pytest.raises(DataError, match=f"row {row} does not exist; the files have 9 rows"):
+            mixed[row]
+    with pytest.raises(DataError, match=r"5 id\(s\) stand both in .*a.parquet and in .*a.parquet"):
+        build_datasets(config(source="files", train_path=[paths[0], paths[0]], eval_path=held_out))
+    build_datasets(config(source="files", train_path=[paths[0], paths[1]], eval_path=paths[0]))  # by heart

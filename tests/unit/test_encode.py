@@ -15,7 +15,7 @@ from tiny_models import SHADES, answer_ids, encoder, noise, picture, processor, 
 from skyrl.digits.architecture import CHAT_TEMPLATE, IMAGE_TOKENS, SPECIAL, build_tokenizer
 from skyrl.policy import encode
 from skyrl.policy.encode import TAGS, EncodedBatch, PromptEncoder
-from skyrl.records import ConfigError, DataError, Prompt
+from skyrl.records import ConfigError, DataError, Prompt, Turn
 
 ANSWER = "<think>I see 31/41. 3+1=4.</think><answer>9</answer>"
 EOS = "<end_of_utterance>"
@@ -98,6 +98,101 @@ def test_a_digit_is_always_one_and_the_same_token() -> None:
     for text in ("I see 90/17. 9+0=9, 9+17=26.", "What is 4+4+8?", "<answer>100</answer>"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert [digits.index(i) for i in ids if i in digits] == [int(c) for c in text if c.isdigit()]
+
+
+# ---------------------------------------------------------------- conversations
+
+
+def talk(*turns: Turn, images: int = 0) -> Prompt:
+    return replace(prompt("talk", *[picture(shade) for shade in SHADES[:images]], question="last"), turns=turns)
+
+
+def test_turns_are_written_in_order_with_pictures_in_their_places() -> None:
+    turns = (
+        Turn("system", ("S",)),
+        Turn("user", ("A", None, "B", None)),
+        Turn("assistant", ("C",)),
+        Turn("user", ("D",)),
+    )
+    asked = talk(*turns, images=2)
+    maker = encoder()
+    assert maker.chat_text(asked) == "<system>S<user>A<image>B<image><assistant>C<end_of_utterance><user>D<assistant>"
+    ids, pictures = maker.encode(asked)
+    assert (ids == token("<image>")).sum() == 2 * IMAGE_TOKENS and pictures["pixel_values"].shape[0] == 2
+    assert maker.text_ids(asked).count(token("<image>")) == 2
+    # The order of the pictures is that of their places.
+    torch.testing.assert_close(
+        pictures["pixel_values"].mean((1, 2, 3, 4)), torch.tensor([-1.0, -0.6]), atol=1e-6, rtol=0
+    )
+
+
+def test_a_conversation_without_its_pictures() -> None:
+    asked = talk(Turn("user", ("A", None, "B")), images=1)
+    blind = replace(asked, images=(), variant="blind")
+    assert encoder().chat_text(blind) == "<user>AB<assistant>"
+    assert encoder().encode(blind)[1] == {}
+
+
+def test_one_users_turn_with_its_pictures_first_is_the_plain_prompt() -> None:
+    plain = prompt("p", picture(0), picture(1), question="Max?")
+    same = replace(plain, turns=(Turn("user", (None, None, "Max?")),))
+    assert encoder().chat_text(same) == encoder().chat_text(plain)
+    assert encoder().encode(same)[0].tolist() == encoder().encode(plain)[0].tolist()
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_special_tokens_are_refused_in_every_turn(role: str) -> None:
+    turns = [Turn("user", ("A",)), Turn("assistant", ("B",)), Turn("user", ("C",))]
+    wrong = Turn(role, ("a<pad>b",))
+    asked = talk(wrong, *turns) if role == "system" else talk(*(wrong if t.role == role else t for t in turns))
+    with pytest.raises(DataError, match=f"prompt 'talk': the {role} turn contains the special token '<pad>'"):
+        encoder().encode(asked)
+
+
+def with_template(change: str, to: str) -> PromptEncoder:
+    made = copy.deepcopy(processor())
+    assert change in CHAT_TEMPLATE
+    made.chat_template = CHAT_TEMPLATE.replace(change, to)
+    return PromptEncoder(made)
+
+
+def test_a_template_that_knows_no_system_turn_is_named() -> None:
+    start = "{% for message in messages %}"
+    refusing = with_template(
+        start, "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + start
+    )
+    asked = talk(Turn("system", ("S",)), Turn("user", ("A",)))
+    with pytest.raises(
+        ConfigError, match=r"prompt 'talk': the chat template can't write .* of system, user: no system"
+    ):
+        refusing.chat_text(asked)
+    silent = with_template(start, "{% for message in messages if message['role'] != 'system' %}")
+    with pytest.raises(
+        ConfigError, match=r"prompt 'talk': the chat template changes the conversation; left out .*: 'S'"
+    ):
+        silent.chat_text(asked)
+    assert silent.chat_text(talk(Turn("user", ("A",)))) == "<user>A<assistant>"
+
+
+def test_a_template_that_moves_pictures_is_named() -> None:
+    """LLaVA's write all pictures of a message first."""
+    part = "{% for part in message['content'] %}"
+    moving = with_template(
+        part,
+        "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}",
+    )
+    first = talk(Turn("user", (None, "A")), images=1)
+    assert moving.chat_text(first) == "<user><image>A<assistant>"
+    with pytest.raises(ConfigError, match="changes the conversation; left out or moved past a picture: 'A'"):
+        moving.chat_text(talk(Turn("user", ("A", None, "B")), images=1))
+
+
+def test_a_role_whose_parts_are_printed_as_python_does_gets_text() -> None:
+    content = "{% if message['content'] is string %}"
+    printing = with_template(content, "{% if message['content'] is string or message['role'] == 'system' %}")
+    text = printing.chat_text(talk(Turn("system", ("S",)), Turn("user", (None, "A")), images=1))
+    assert text == "<system>S<user><image>A<assistant>"
 
 
 # ---------------------------------------------------------------- collate

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from skyrl.data.parquet import ParquetPrompts, write_parquet
+from skyrl.data.files import FilePrompts
+from skyrl.data.parquet import write_parquet
 from skyrl.data.pool import PoolRow, pool_rows, write_pool
 from skyrl.digits.scenes import DigitScenes
 from skyrl.digits.settings import PICTURE_KINDS
@@ -169,8 +170,8 @@ def test_another_data_set_is_refused(path, tmp_path):
         pool_rows(path, DATA, scenes(10))
     with pytest.raises(DataError, match=r"made from other data \(.*'seed': 0.*this run: .*'seed': 1"):
         pool_rows(path, DATA, scenes(seed=1))
-    with pytest.raises(DataError, match=r"made from other data .*'parquet'"):
-        pool_rows(path, DataConfig(source="parquet"), scenes())
+    with pytest.raises(DataError, match=r"made from other data .*'files'"):
+        pool_rows(path, DataConfig(source="files"), scenes())
     with pytest.raises(DataError, match=r"'kinds': .*this run: 9 rows of {'source': 'digits'}"):
         pool_rows(path, DATA, [scenes()[row] for row in range(9)])  # the same ids, but nothing says what made them
     (tmp_path / "text").write_text("no parquet")
@@ -183,10 +184,10 @@ def test_every_id_of_a_parquet_data_set_is_compared(tmp_path):
     def prompts(ids):
         file = tmp_path / "data.parquet"
         write_parquet(file, [Prompt(name, "1 + 1?", (), "2", "numeric") for name in ids])
-        return ParquetPrompts(file)
+        return FilePrompts(file)
 
     ids = [f"q{i}" for i in range(600)]
-    data, file = DataConfig(source="parquet"), tmp_path / "pool.parquet"
+    data, file = DataConfig(source="files"), tmp_path / "pool.parquet"
     pooled = [PoolRow(i, name, "k", 2, 0, 0.5, 0.0, None) for i, name in enumerate(ids)]
     write_pool(file, pooled, data, prompts(ids))
     assert len(pool_rows(file, data, prompts(ids))) == 600
@@ -227,7 +228,7 @@ class FakeCrew:
 def test_the_pass_asks_in_chunks_two_at_a_time_and_keeps_the_order():
     crew, cfg = FakeCrew(), Config()
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.controller.seed = 4, 3, 8
-    found = roll_out(cfg, System(crew, crew), 10, Console(file=io.StringIO()))
+    found = roll_out(cfg, System(crew, crew), range(10), Console(file=io.StringIO()))
     assert [request.rows for request in crew.asked] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
     asked = {(one.split, one.step, one.samples_per_prompt, one.greedy, one.seed, one.blind) for one in crew.asked}
     assert asked == {("train", STEP, 3, False, 8, False)}

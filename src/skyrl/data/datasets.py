@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pkgutil import resolve_name
 from typing import Any, Protocol
 
 from skyrl.records import DataError, Prompt
 from skyrl.settings import Config
 
-SOURCES = {"digits": "skyrl.digits.scenes:datasets", "parquet": "skyrl.data.parquet:datasets"}
+SOURCES = {"digits": "skyrl.digits.scenes:datasets", "files": "skyrl.data.mixture:datasets"}
 """``data.source`` → the function that makes its data sets. Imported when it is asked for."""
 
 
 class PromptDataset(Protocol):
     """Random access to prompts; a list of them is one. Every rollout worker holds one, so that requests are row
     numbers. Used where a data set has them: ``ids()``, the ids of all rows in order; ``verifiers()``, the different
-    verifiers that its rows name; ``identity()``, what else decides which prompt a row is, as a JSON object.
+    verifiers that its rows name; ``identity()``, what else decides which prompt a row is, as a JSON object;
+    ``outline(row)``, the prompt with black pictures of the right sizes, by which all rows are measured before a run;
+    ``sizes``, the rows of each of the parts that it mixes, one behind the other.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int, /) -> Prompt: ...
+
+
+class Chosen:
+    """Some rows of a data set."""
+
+    def __init__(self, dataset: PromptDataset, rows: Sequence[int]) -> None:
+        self.dataset, self.rows = dataset, list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Prompt:
+        """The prompt of that place."""
+        return self.dataset[self.rows[row]]
 
 
 def build_datasets(cfg: Config) -> dict[str, PromptDataset]:

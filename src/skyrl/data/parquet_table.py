@@ -1,4 +1,4 @@
-"""One Parquet file: what prompts, preference pairs and the prompt pool have in common."""
+"""One Parquet file whose texts are held in memory: what preference pairs and the prompt pool have in common."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from skyrl.data.pictures import decode_picture
+from skyrl.data.pictures import decode_picture, picture_file
+from skyrl.data.rows import BROKEN
 from skyrl.records import DataError
 
 ROWS_PER_GROUP = 64
@@ -47,7 +48,9 @@ def _is_list(found: pa.DataType) -> bool:
 
 
 def _is_pictures(found: pa.DataType) -> bool:
-    return _is_list(found) and (_is_text(found.value_type) or found.value_type in (pa.binary(), pa.large_binary()))
+    item = found.value_type if _is_list(found) else None
+    struct = item is not None and pa.types.is_struct(item) and {field.name for field in item} == {"bytes", "path"}
+    return item is not None and (struct or _is_text(item) or item in (pa.binary(), pa.large_binary()))
 
 
 def _is_empty(found: pa.DataType) -> bool:
@@ -59,7 +62,8 @@ TEXT = Kind("string", _is_text, pa.string())
 WHOLE = Kind("integer", pa.types.is_integer, pa.int64())
 NUMBER = Kind("float or integer", lambda found: pa.types.is_floating(found) or pa.types.is_integer(found), pa.float64())
 PICTURES = Kind(
-    "list of binary (PNG or JPEG files) or list of string (paths of such files)", _is_pictures, pa.list_(pa.binary())
+    "list of binary (PNG, JPEG or WebP files), list of string (paths of such files) or list of {bytes, path}",
+    *(_is_pictures, pa.list_(pa.binary())),
 )
 
 
@@ -110,7 +114,8 @@ class ParquetTable:
             self._holds_pictures = "images" in present and not _is_text(schema.field("images").type.value_type)
             loaded = [name for name in present if name != "images" or not self._holds_pictures]
             table = self._file.read(columns=loaded).slice(0, limit)
-        except (OSError, pa.ArrowException) as error:
+            table.validate(full=True)
+        except BROKEN as error:
             raise DataError(f"{path}: not a readable Parquet file: {error}") from error
         cells: dict[str, Any] = {name: pa.nulls(len(table)) for name in (*columns, "images")}
         if "id" not in loaded:
@@ -151,23 +156,20 @@ class ParquetTable:
             except DataError as error:
                 raise DataError(f"{where(self.path, row, column)}: {error}") from error
 
-    def _picture(self, row: int, place: int, stored: bytes | str | None) -> np.ndarray:
+    def _picture(self, row: int, place: int, stored: Any) -> np.ndarray:
         at = f"{where(self.path, row, 'images')}, picture {place}"
-        if stored is None:
-            raise DataError(f"{at}: got null; allowed: a picture, or a null instead of the whole list")
-        if isinstance(stored, bytes):
-            return decode_picture(stored, at)
         try:
-            return decode_picture((self.path.parent / stored).read_bytes(), f"{at} ({stored})")
-        except OSError as error:
+            file = picture_file(stored, self.path.parent)
+        except DataError as error:
             raise DataError(f"{at}: {error}") from error
+        return decode_picture(file, at)
 
-    def _stored_pictures(self, row: int) -> list[bytes] | None:
+    def _stored_pictures(self, row: int) -> list[Any] | None:
         group = int(np.searchsorted(self._group_ends, row, side="right"))
         if group not in self.groups:
             try:
                 self.groups[group] = self._file.read_row_group(group, columns=["images"]).column("images")
-            except (OSError, pa.ArrowException) as error:
+            except BROKEN as error:
                 raise DataError(f"{where(self.path, row, 'images')}: can't be read: {error}") from error
         self.groups.move_to_end(group)
         while len(self.groups) > 1 and sum(part.nbytes for part in self.groups.values()) > CACHED_BYTES:
@@ -199,10 +201,10 @@ class ParquetTable:
 
     def _check_paths(self, row: int, paths: list[str | None]) -> None:
         for place, path in enumerate(paths):
-            if path is None:
-                raise DataError(f"picture {place}: got null; allowed: a path, or a null instead of the whole list")
-            if not (self.path.parent / path).is_file():
-                raise DataError(f"picture {place}: got {path!r}, and {self.path.parent} has no such file")
+            try:
+                picture_file(path, self.path.parent, read=False)
+            except DataError as error:
+                raise DataError(f"picture {place}: {error}") from error
 
 
 def _plain(kind: Kind, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 import numpy as np
 
 from skyrl.records import DataError
 
 
+class Stream(Protocol):
+    """An endless order of row numbers, whose position can be saved: :class:`PromptStream`, :class:`MixedStream`."""
+
+    def take(self, n: int) -> tuple[int, ...]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class PromptStream:
-    """Row numbers of a data set, each once per epoch, in an order that depends on nothing but seed and calls.
+    """Row numbers of a data set, each once per epoch, in an order that depends on nothing but seed and calls. It holds
+    8 bytes a row.
 
     A call of :meth:`take` that reaches the end of an epoch goes on in the next one. The rows it took already then wait
     a little: they move behind the part of the new epoch that this call takes, so that no prompt comes twice in a step.
@@ -72,3 +86,94 @@ class PromptStream:
         if taken:
             first = np.flatnonzero(~np.isin(self._order, taken))[:head]
             self._order = np.concatenate([self._order[first], np.delete(self._order, first)])
+
+
+class MixedStream:
+    """Row numbers of several parts that lie one behind the other. The share of each in every :meth:`take`, and in all
+    of them together, follows its weight to within a row or two; each part has epochs of its own, by
+    :class:`PromptStream`.
+
+    Args:
+        sizes: Rows of each part, 1 or more.
+        weights: Share of each part, above 0, any scale.
+        seed: Of the shuffling, 0 or more. What is out of range is a :class:`DataError`.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        if len(sizes) != len(weights) or not all(0 < weight < math.inf for weight in weights):
+            raise DataError(f"got the weights {list(weights)} for {len(sizes)} parts; allowed: one above 0 for each")
+        self.sizes, self.weights, self.seed = list(sizes), [weight / sum(weights) for weight in weights], seed
+        self._starts = [0, *accumulate(sizes)]
+        self._parts, self._taken = self._fresh(), [0] * len(sizes)
+
+    def take(self, n: int) -> tuple[int, ...]:
+        """The next ``n`` row numbers; no row comes twice, unless a part's share is more than it has."""
+        picks = list[int]()
+        for _ in range(n):  # the part that is most behind
+            total = sum(self._taken) + 1
+            behind = [weight * total - taken for weight, taken in zip(self.weights, self._taken, strict=True)]
+            picks.append(behind.index(max(behind)))
+            self._taken[picks[-1]] += 1
+        rows = [iter(part.take(picks.count(place))) for place, part in enumerate(self._parts)]
+        return tuple(self._starts[place] + next(rows[place]) for place in picks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact position, as plain numbers: a stream that loads it goes on with the same rows."""
+        parts = [part.state_dict() for part in self._parts]
+        return {"weights": list(self.weights), "taken": list(self._taken), "parts": parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position. One of other parts, weights or seed is a :class:`DataError` and changes nothing."""
+        own, taken, parts = self.state_dict(), state.get("taken"), self._fresh()
+        if state.keys() != own.keys() or len(state["parts"]) != len(parts) or state["weights"] != own["weights"]:
+            raise DataError(
+                f"the saved prompt stream has the weights {state.get('weights', 'of one file')}, this run "
+                f"{own['weights']}; a run can only go on with the same data.train_path and data.weights"
+            )
+        for part, saved in zip(parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        if not isinstance(taken, list) or len(taken) != len(parts) or min(taken) < 0:
+            raise DataError(f"state of the prompt stream is out of range: it took {taken}")
+        self._parts, self._taken = parts, list(taken)
+
+    def _fresh(self) -> list[PromptStream]:
+        return [PromptStream(size, self.seed + place) for place, size in enumerate(self.sizes)]
+
+
+def prompt_stream(
+    sizes: Sequence[int], seed: int, per_step: int, weights: Sequence[float] | None, rows: Sequence[int] | None = None
+) -> Stream:
+    """The stream over a data set of parts with these ``sizes``, or over the places of ``rows`` in it.
+
+    Args:
+        per_step: Prompts of a step.
+        weights: Share of each part; None means by its size.
+        rows: The data set's rows that are used, ascending; None means all.
+
+    Raises:
+        DataError: if a part has fewer rows than its share of a step may be: some would come twice.
+    """
+    if rows is not None:
+        ends = np.searchsorted(np.asarray(rows), [0, *accumulate(sizes)])
+        sizes = [int(end - start) for start, end in pairwise(ends)]
+    if len(sizes) == 1:
+        return PromptStream(sizes[0], seed)
+    weights = weights or sizes
+    for place, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        most = math.ceil(per_step * weight / sum(weights)) + 1
+        if size < most:
+            raise DataError(
+                f"file {place + 1} of data.train_path has {size} prompts to train on, but its share of a step of "
+                f"{per_step} may be {most}; lower its weight, or rollout.prompts_per_step"
+            )
+    return MixedStream(sizes, weights, seed)
+
+
+def shares(weights: Sequence[float], n: int) -> list[int]:
+    """``n`` split by weights into whole numbers, the largest remainders rounded up."""
+    exact = [n * weight / sum(weights) for weight in weights]
+    found = [math.floor(one) for one in exact]
+    by_rest = sorted(range(len(exact)), key=lambda place: found[place] - exact[place])
+    for place in by_rest[: n - sum(found)]:
+        found[place] += 1
+    return found
