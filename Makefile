@@ -14,7 +14,7 @@ LOG := $(VENV)/install.log
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := src tests benchmarks docs
 
-.PHONY: help setup train test check lint format bench clean
+.PHONY: help setup train test check models lint format bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: lint ## lint, types, import rules and all tests
 check: lint ## lint, types, import rules and the tests that start neither Ray nor vLLM nor DeepSpeed
 	@echo "pytest tests/unit"
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+models: $(STAMP) ## try every architecture of docs/models_table.md (six minutes), and write that table anew
+	@$(BIN)/python -m pytest tests/models -m "models or integration" $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the import rules
 	@echo "ruff check"; $(BIN)/ruff check --quiet $(SOURCES)

@@ -12,6 +12,7 @@ from torch import nn
 
 from skyrl.objective.reductions import token_logprobs
 from skyrl.policy.encode import EncodedBatch
+from skyrl.policy.processor import remedy
 from skyrl.records import ConfigError
 from skyrl.settings import Trainable
 
@@ -31,21 +32,27 @@ TRAINED = {
 }
 
 
-def load_policy(folder: str, dtype: str) -> Any:
+def load_policy(folder: str, dtype: str, trust_remote_code: bool = False) -> Any:
     """The Hugging Face model in ``folder``, parameters of torch type ``dtype``: vision-language if its configuration
     says so, else causal.
 
+    Args:
+        trust_remote_code: Run Python files of the folder.
+
     Raises:
-        ConfigError: if there is no ``config.json`` in the folder.
+        ConfigError: if there is no ``config.json`` in the folder, or it has code of its own that may not run.
         OSError: if its weights are missing (transformers' own message names them).
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # also for an architecture that transformers does not know
+        raise ConfigError(f"{folder}: its config.json can't be read: {remedy(error)}") from error
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    return kind.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return kind.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
 
 
 def module_of(name: str) -> str:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from skyrl.data.datasets import Chosen
 from skyrl.objective.hybrid import imported
-from skyrl.records import DataError, Prompt, RolloutRequest, Sample, SampleGroup, WeightSnapshot
+from skyrl.records import ConfigError, DataError, Prompt, RolloutRequest, Sample, SampleGroup, WeightSnapshot
 from skyrl.rollout.engine import Completion, Engine, EngineRequest
-from skyrl.settings import Config, Truncated
+from skyrl.settings import Config, Overlong, Truncated
 
 BAD_VALUE = (ValueError, TypeError, LookupError, ArithmeticError)
 """What an engine raises for a prompt that can't be sampled; anything else is an engine that is broken."""
+
+
+class Unfit(NamedTuple):
+    """A row that can't be asked."""
+
+    row: int
+    problem: str
+    too_long: bool
+    """That is all that is wrong with it."""
 
 
 class Sampler:
@@ -28,10 +39,14 @@ class Sampler:
     def __init__(self, cfg: Config, policy_folder: str) -> None:
         from skyrl.data.datasets import build_datasets
         from skyrl.policy.encode import PromptEncoder
+        from skyrl.policy.lengths import PromptLengths
 
         self.cfg, self.version = cfg, 0
         self.datasets = build_datasets(cfg)
-        self.encoder = PromptEncoder.from_pretrained(policy_folder, chat_template_kwargs=cfg.model.chat_template_kwargs)
+        self.encoder = PromptEncoder.from_pretrained(
+            policy_folder, cfg.model.chat_template_kwargs, cfg.model.trust_remote_code, cfg.reward.answer.tags
+        )
+        self._lengths = PromptLengths(self.encoder, cfg.rollout.max_prompt_tokens)
         self.engine: Engine = imported(cfg.rollout.engine, "rollout.engine")(cfg, policy_folder)
         # A tokenizer may name tokens that the output layer does not have.
         self._stop_ids = tuple(i for i in self.encoder.stop_token_ids if i < self.engine.vocabulary)
@@ -42,6 +57,36 @@ class Sampler:
         """Rows per split."""
         return {split: len(dataset) for split, dataset in self.datasets.items()}
 
+    def parts(self) -> list[int]:
+        """Rows of each file of the training data, one behind the other."""
+        return list(getattr(self.datasets["train"], "sizes", [len(self.datasets["train"])]))
+
+    def unfit(self, rows: Sequence[int], split: str) -> list[Unfit]:
+        """Those of the rows whose prompts are too long (with ``data.overlong=cut``: however they are cut), or that the
+        model's processor or chat template refuses. No picture is decoded. Data sets that are neither files nor lists
+        may make their prompts at a cost, and are not looked at."""
+        dataset, limit, found = self.datasets[split], self.cfg.rollout.max_prompt_tokens, list[Unfit]()
+        outline = getattr(dataset, "outline", None)
+        for row in rows if outline is not None or isinstance(dataset, list) else ():
+            try:
+                prompt = dataset[row] if outline is None else outline(row)
+                tokens = self._lengths.tokens(prompt)
+                if tokens > limit and self.cfg.data.overlong is Overlong.cut:
+                    tokens = self._lengths.tokens(self._lengths.cut(prompt))
+                if tokens > limit:
+                    found.append(Unfit(row, f"prompt {prompt.id!r} has {tokens} tokens", True))
+            except (DataError, ConfigError) as error:
+                found.append(Unfit(row, str(error), False))
+        return found
+
+    def keep(self, split: str, rows: Sequence[int]) -> None:
+        """Use these rows of a split only; their numbers are now their places in ``rows``."""
+        self.datasets[split] = Chosen(self.datasets[split], rows)
+
+    def _prompt(self, split: str, row: int) -> Prompt:
+        prompt = self.datasets[split][row]
+        return self._lengths.cut(prompt) if self.cfg.data.overlong is Overlong.cut else prompt
+
     def generate(self, request: RolloutRequest) -> list[SampleGroup]:
         """One group per requested row, in the order of the rows; a blind request leaves out rows without pictures.
 
@@ -51,15 +96,15 @@ class Sampler:
         """
         if request.split not in self.datasets:
             raise DataError(f"unknown split {request.split!r}; this worker has: {', '.join(self.datasets)}")
-        prompts = [self.datasets[request.split][row] for row in request.rows]
+        prompts = [self._prompt(request.split, row) for row in request.rows]
         if request.blind:
             prompts = [_blind(prompt) for prompt in prompts if prompt.images]
         return self._groups(prompts, request, self.cfg.rollout.max_new_tokens, self.cfg.rollout.top_p)
 
     def probe(self) -> list[SampleGroup]:
         """Short sampled answers to the first evaluation prompts, seeded by the policy version, to prove a sync."""
-        rollout, dataset = self.cfg.rollout, self.datasets["eval"]
-        prompts = [dataset[row] for row in range(min(rollout.probe_prompts, len(dataset)))]
+        rollout, size = self.cfg.rollout, len(self.datasets["eval"])
+        prompts = [self._prompt("eval", row) for row in range(min(rollout.probe_prompts, size))]
         request = RolloutRequest("eval", (), self.version, 1, False, self.cfg.controller.seed)
         # Without top-p: it renormalises log-probabilities in a way that the learner can't know.
         return self._groups(prompts, request, rollout.probe_new_tokens, top_p=1.0)

@@ -11,6 +11,7 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.exceptions import VLLMClientError
+from vllm.model_executor.models import registry
 
 from skyrl.records import ConfigError, SkyrlError, WeightSnapshot
 from skyrl.rollout.engine import Completion, EngineRequest
@@ -18,6 +19,9 @@ from skyrl.settings import Config, WeightSync
 from skyrl.sync import shm_transfer
 
 CPU_BATCHED_TOKENS = 16384
+BAD_MODEL = (ValueError, NotImplementedError, KeyError, ImportError)
+"""What vLLM raises for lengths beyond the model's positions, heads that no kernel takes, a token that is not there, a
+package that is missing."""
 MAX_BIASES = 1024
 """Most entries of a request's ``logit_bias`` in vLLM's GPU sampler."""
 
@@ -120,6 +124,9 @@ def _start_llm(cfg: Config, policy_folder: str) -> LLM:
         )
     options: dict[str, Any] = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
     if rollout.device == "cpu":
+        # vLLM looks at an architecture's class in a process of its own, so that CUDA is not initialised here. That
+        # process has no stand-in for torchvision, and takes ten seconds to start.
+        registry._run_in_subprocess = lambda look: look()
         # Chunked prefill is off: with per-request seeds vLLM 0.32 rewinds a random generator after a partial prefill
         # by its offset, and CPU generators have none.
         options = {
@@ -132,6 +139,7 @@ def _start_llm(cfg: Config, policy_folder: str) -> LLM:
         llm = LLM(
             model=policy_folder,
             dtype=cfg.model.dtype,
+            trust_remote_code=cfg.model.trust_remote_code,
             max_model_len=length,
             max_num_seqs=rollout.max_num_seqs,
             tensor_parallel_size=rollout.tensor_parallel_size,
@@ -140,12 +148,19 @@ def _start_llm(cfg: Config, policy_folder: str) -> LLM:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             disable_log_stats=True,
+            limit_mm_per_prompt={"video": 0, "audio": 0},  # else some models are shown one when they start
             weight_transfer_config=WeightTransferConfig(backend=backend),
             **options,
         )
-    except ValueError as error:  # lengths beyond the model's positions, for example
-        raise ConfigError(f"vLLM can't serve model.policy with these settings: {error}") from error
+    except BAD_MODEL as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"vLLM can't serve model.policy with these settings: {what}") from error
     if rollout.device == "cpu":
+        if llm.model_config.is_mm_prefix_lm:  # vLLM itself computes something else then, and says nothing
+            raise ConfigError(
+                f"model.policy: {llm.model_config.architecture} lets the tokens of a picture look at each other in "
+                "both directions, which vLLM's attention on a CPU can't do; it needs a GPU (rollout.device=cuda)"
+            )
         # vLLM leaves a function here that only warns; its own picture processor then warns at every request.
         torch.set_num_threads = lambda _: None
     return llm

@@ -46,6 +46,10 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         if self._shared is None:  # reloading takes shared parameters apart, until it has succeeded
             self._shared = shared_names(self.model)
         initialize_layerwise_reload(self.model)
+        # vLLM packs the experts of a layer for its CPU kernel when it makes that kernel, and at no later update.
+        for module in self.model.modules():
+            if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+                module.quant_method.moe_kernel = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # vLLM's own ends with torch.accelerator.synchronize(), and there is no accelerator here.

@@ -1,14 +1,17 @@
 """A weight sync: send the learner's weights to every rollout member, and prove that they arrived.
 
 The proof: each rollout member samples a few short answers with the new weights and records their log-probabilities; the
-learner computes the same ones; the largest difference must be within rounding. It is the behaviour that is compared, so
-a stale cache, a swapped tensor or a packed copy of an old weight shows as surely as a lost message.
+learner computes the same ones; they must agree within rounding. It is the behaviour that is compared, so a stale cache,
+a swapped tensor or a packed copy of an old weight shows as surely as a lost message. What rounding can do to this model
+is measured (:mod:`skyrl.sync.rounding`): where it is little, as in float32, weights of one step before are seen; in 16
+bits only those that move log-probabilities by more than the model's own rounding does.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +25,26 @@ from skyrl.settings import Config, WeightSync
 
 logger = logging.getLogger(__name__)
 
-GAP_LIMITS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
-"""Limit of the largest gap after a sync: measured on CPU are 2e-6 in float32 and 5e-3 in bfloat16."""
-CUDA_MEAN_GAP_LIMIT = 0.05
-"""Limit of the mean gap in 16 bits on CUDA, where single tokens are said to differ by several tenths between two right
-implementations. Not measured here. It tells the right weights from wrong ones, not from those of the step before."""
+FLOOR = 1e-4
+"""Least limit: a smaller gap passes without a measurement. In float32 right weights are mostly within 1e-5, and those
+of one step before far beyond it."""
+LARGEST, MEAN = 3.0, 2.0
+"""Limits of a gap, in units of what rounding errors did to the learner alone: they were put on outputs of modules, and
+kernels round within them too. The largest of few tokens varies more than their mean."""
+DRAWS = 2
+"""Of rounding errors; the largest counts."""
 POLL_SECONDS = 5.0
 
 
 @dataclass(slots=True, frozen=True)
 class Gap:
-    """|log π_rollout − log π_learner| over the tokens of the probe, nats."""
+    """|log π_rollout − log π_learner| over the tokens of the probe, nats; or a limit of it."""
 
     largest: float
     mean: float
+
+    def within(self, limit: Gap) -> bool:
+        return self.largest <= limit.largest and self.mean <= limit.mean  # a nan is not
 
 
 class Syncer:
@@ -49,11 +58,8 @@ class Syncer:
 
     def __init__(self, learners: Crew[LearnerStep], rollouts: Crew[Sampler], cfg: Config) -> None:
         self.learners, self.rollouts, self.cfg = learners, rollouts, cfg
-        self.by_mean = cfg.rollout.device == "cuda" and cfg.model.dtype != "float32"
-        limit = cfg.rollout.logprob_gap_limit
-        if limit is None:
-            limit = CUDA_MEAN_GAP_LIMIT if self.by_mean else GAP_LIMITS[cfg.model.dtype]
-        self.limit = limit
+        self.limit = Gap(FLOOR, FLOOR)
+        """Of the last sync."""
 
     def sync(self, version: int) -> Metrics:
         """Send, and probe. A probe that fails is tried once more: what is wrong twice is no accident.
@@ -63,29 +69,40 @@ class Syncer:
         """
         started = time.perf_counter()
         metrics = self._send(version)
-        gap = self.gap()
+        gap, self.limit = self._probe()
         metrics["sync/retries"] = 0.0
-        if not self._within(gap):
-            logger.warning("weight sync %d: %s above the limit %g; sending again", version, gap, self.limit)
+        if not gap.within(self.limit):
+            logger.warning("weight sync %d: %s above the limit %s; sending again", version, gap, self.limit)
             self._send(version)
-            gap = self.gap()
+            gap, self.limit = self._probe()
             metrics["sync/retries"] = 1.0
-        if not self._within(gap):
+        if not gap.within(self.limit):
+            asked, limit = self.cfg.rollout.logprob_gap_limit, self.limit
+            whence = "the setting" if asked is not None else "what rounding can do to this policy"
             raise SyncError(
                 f"after weight sync {version} rollout and learner differ in log-probability on the probe: "
-                f"{gap.largest:.3g} at most, {gap.mean:.3g} in the mean; rollout.logprob_gap_limit for the "
-                f"{'mean' if self.by_mean else 'largest'} is {self.limit:g} with model.dtype={self.cfg.model.dtype}. "
-                "The rollout workers do not hold the learner's weights; nothing was trained on them"
+                f"{gap.largest:.3g} at most, {gap.mean:.3g} in the mean. rollout.logprob_gap_limit allows "
+                f"{limit.largest:.3g} and {limit.mean:.3g}, by {whence}, with model.dtype={self.cfg.model.dtype}. The "
+                "rollout workers do not hold the learner's weights, or compute otherwise; nothing was trained on them"
             )
-        seconds = time.perf_counter() - started
-        return metrics | {"sync/logprob_gap": gap.largest, "sync/logprob_gap_mean": gap.mean, "sync/seconds": seconds}
+        metrics |= {"sync/logprob_gap": gap.largest, "sync/logprob_gap_mean": gap.mean}
+        return metrics | {"sync/logprob_gap_limit": self.limit.largest, "sync/seconds": time.perf_counter() - started}
 
     def gap(self) -> Gap:
         """The probe alone."""
-        return self.learners.each(probe_gap, *self.rollouts.ask(Sampler.probe))[0]
+        return self._probe()[0]
 
-    def _within(self, gap: Gap) -> bool:
-        return (gap.mean if self.by_mean else gap.largest) <= self.limit  # a nan is not
+    def _probe(self) -> tuple[Gap, Gap]:
+        """Gap and limit. Without a limit in the settings it is measured where the gap is above the least one, so with
+        the weights and on the tokens that it is for."""
+        probes = self.rollouts.ask(Sampler.probe)
+        gap, asked = self.learners.each(probe_gap, *probes)[0], self.cfg.rollout.logprob_gap_limit
+        if asked is not None:
+            return gap, Gap(asked, asked)
+        if gap.within(Gap(FLOOR, FLOOR)):
+            return gap, Gap(FLOOR, FLOOR)
+        rounding = self.learners.each(rounding_gap, *probes)[0]
+        return gap, limit_of(rounding)
 
     def _send(self, version: int) -> Metrics:
         if self.cfg.rollout.weight_sync is WeightSync.shm:
@@ -122,8 +139,27 @@ def probe_gap(learner: LearnerStep, *parts: list[SampleGroup]) -> Gap:
         SkyrlError: if the probe has no tokens.
     """
     groups = [group for part in parts for group in part]
-    recorded = [sample.logprobs for sample in flatten(groups)]
-    own = learner.logprobs(groups)
+    return _gap([sample.logprobs for sample in flatten(groups)], learner.logprobs(groups))
+
+
+def limit_of(rounding: Gap) -> Gap:
+    """What a sync may differ by, given what rounding errors did."""
+    return Gap(max(FLOOR, LARGEST * rounding.largest), max(FLOOR, MEAN * rounding.mean))
+
+
+def rounding_gap(learner: LearnerStep, *parts: list[SampleGroup]) -> Gap:
+    """How far rounding errors alone move the learner's log-probabilities of a probe. Collective under ZeRO-3."""
+    from skyrl.sync.rounding import rounding_errors
+
+    groups, gaps = [group for part in parts for group in part], list[Gap]()
+    exact = learner.logprobs(groups)
+    for seed in range(DRAWS):
+        with rounding_errors(learner.backend.model, seed):
+            gaps.append(_gap(exact, learner.logprobs(groups)))
+    return Gap(max(gap.largest for gap in gaps), max(gap.mean for gap in gaps))
+
+
+def _gap(recorded: Sequence[np.ndarray | None], own: Sequence[np.ndarray]) -> Gap:
     gaps = np.concatenate([np.empty(0), *(np.abs(a - b) for a, b in zip(recorded, own, strict=True))])
     if not len(gaps):
         raise SkyrlError("the sync probe has no tokens; raise rollout.probe_new_tokens")
