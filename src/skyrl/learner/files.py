@@ -21,6 +21,7 @@ def layout(cfg: Config) -> dict[str, object]:
         "learner.num_workers": cfg.learner.num_workers,
         "learner.zero_stage": cfg.learner.zero_stage,
         "learner.trainable": cfg.learner.trainable.value,
+        "learner.lora": cfg.learner.lora.model_dump(),
         "model.dtype": cfg.model.dtype,
     }
 

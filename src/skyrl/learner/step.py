@@ -78,18 +78,30 @@ class LearnerStep:
         torch.set_num_threads(self.threads)
         torch.manual_seed(self.cfg.controller.seed)
         self.terms = run_terms(self.cfg.algorithm)
-        self.encoder = PromptEncoder.from_pretrained(self.policy_folder, self.cfg.model.chat_template_kwargs)
+        self.encoder = PromptEncoder.from_pretrained(
+            self.policy_folder,
+            self.cfg.model.chat_template_kwargs,
+            self.cfg.model.trust_remote_code,
+            self.cfg.reward.answer.tags,
+        )
+        # Not before: it imports transformers, which must find what the encoder put in the place of torchvision.
+        from skyrl.sync.saved_form import SavedForm
+
         compares = any(term.uses_reference for term in self.terms)
         backend = imported(self.cfg.learner.backend, "learner.backend")
         self.backend = backend(self.cfg, self._start, self.rank, host, port, compares)
         self.reference = Reference(self.backend) if compares else None
+        self._saved_form = SavedForm(self.backend.model, self._own_layout())
 
     def _start(self) -> PolicyModule:
         """The starting policy, with what is not trained frozen."""
-        from skyrl.policy.module import PolicyModule, freeze, load_policy
+        from skyrl.policy.lora import add_lora
+        from skyrl.policy.module import TRAINED, PolicyModule, freeze, load_policy
 
-        model = load_policy(self.policy_folder, self.cfg.model.dtype)
+        model = load_policy(self.policy_folder, self.cfg.model.dtype, self.cfg.model.trust_remote_code)
         freeze(model.named_parameters(), self.cfg.learner.trainable)
+        if self.cfg.learner.lora.rank:
+            add_lora(model, self.cfg.learner.lora, TRAINED[self.cfg.learner.trainable])
         if self.cfg.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return PolicyModule(model, self.encoder.forbidden_token_ids(), self.cfg.rollout.temperature)
@@ -219,23 +231,38 @@ class LearnerStep:
         return score_groups(self.backend.score, groups, self.encoder, self.backend.device, budget)
 
     def policy_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and whole parameters. Collective under ZeRO-3: every rank must run through all of them."""
-        return self.backend.parameters()
+        """The whole tensors of a saved checkpoint of the policy, by name. Collective under ZeRO-3: every rank must run
+        through all of them."""
+        return self._saved_form.of(self._own_parameters())
 
     def policy_layout(self) -> Layout:
         """Names, types and whole shapes of :meth:`policy_parameters`; gathers nothing."""
-        from skyrl.sync.snapshot import layout_of
-
-        return layout_of(self.backend.model.named_parameters())
+        return self._saved_form.layout
 
     def snapshot(self, version: int) -> WeightSnapshot | None:
-        """All parameters on rank 0, None elsewhere. Collective under ZeRO-3."""
+        """A saved checkpoint's tensors on rank 0, None elsewhere. Collective under ZeRO-3."""
+        return self._taken(self.policy_parameters(), self.policy_layout(), version)
+
+    def _own_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters as the model holds and names them, those of LoRA merged."""
+        from skyrl.policy.lora import merged
+
+        return merged(self.backend.parameters(), self.cfg.learner.lora)
+
+    def _own_layout(self) -> Layout:
+        from skyrl.policy.lora import plain_name
+        from skyrl.sync.snapshot import layout_of
+
+        layout = layout_of(self.backend.model.named_parameters())
+        return [(plain, dtype, shape) for name, dtype, shape in layout if (plain := plain_name(name)) is not None]
+
+    def _taken(self, parameters: Iterator[tuple[str, Tensor]], layout: Layout, version: int) -> WeightSnapshot | None:
         from skyrl.sync.snapshot import take_snapshot
 
         if self.rank == 0:
-            return take_snapshot(self.policy_parameters(), self.policy_layout(), version)
+            return take_snapshot(parameters, layout, version)
         if self.backend.collective:
-            for _ in self.policy_parameters():  # takes part in the gathering
+            for _ in parameters:  # takes part in the gathering
                 pass
         return None
 
@@ -265,10 +292,16 @@ class LearnerStep:
             self.reference.load(folder, state["reference_step"], lambda: self._start().model.named_parameters())
 
     def export(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder that transformers and vLLM load; every rank must call it."""
-        snapshot = self.snapshot(version=0)
+        """Write the policy as a Hugging Face folder that transformers and vLLM load, and with LoRA its factors alone
+        into ``adapter`` in it, for peft; every rank must call it."""
+        # In the model's own form: save_pretrained turns it back itself.
+        snapshot = self._taken(self._own_parameters(), self._own_layout(), version=0)
         if snapshot is not None:
             export_policy(folder, self.backend.model, snapshot, self.encoder.processor)
+        if self.cfg.learner.lora.rank:
+            from skyrl.policy.lora import save_adapter
+
+            save_adapter(folder / "adapter" if self.rank == 0 else None, self.backend)
 
 
 def _require_records(batch: TrainBatch) -> None:
