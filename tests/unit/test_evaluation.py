@@ -12,10 +12,11 @@ import pytest
 from skyrl.data.pictures import mask_picture
 from skyrl.evaluation.monitors import build_monitors
 from skyrl.evaluation.picture_drop import masked_group, picture_drop
-from skyrl.evaluation.summary import evaluate, evaluation_metrics
+from skyrl.evaluation.summary import evaluate, evaluation_metrics, remarks
 from skyrl.monitoring.metrics import check_names
 from skyrl.records import DataError, Prompt, RewardParts, Sample, SampleGroup, SkyrlError
-from skyrl.settings import Config, EvaluationConfig, HallucinationConfig
+from skyrl.rewards.answers import AnswerForm
+from skyrl.settings import AnswerConfig, Config, EvaluationConfig, HallucinationConfig
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 MONITORS = build_monitors(Config())
@@ -41,6 +42,7 @@ def group(
         token_ids=np.zeros(tokens, dtype=np.int32),
         logprobs=np.zeros(tokens, dtype=np.float32),
         text=f"<think>I see {seen}.</think><answer>1</answer>",
+        answer="1",
         truncated=truncated,
         policy_version=0,
         reward=None if rule is None else RewardParts(rule, well_formed, model, rule),
@@ -70,6 +72,8 @@ def test_every_number_by_hand() -> None:
             "eval/accuracy": 2 / 4,  # of the four that were scored
             "eval/format": 3 / 4,
             "eval/reward_model": (2 - 1 + 2 + 1) / 4,
+            "eval/reward_model_median": (1 + 2) / 2,
+            "eval/reward_model_iqr": 2 - 0.5,  # a quarter of -1, 1, 2, 2 lies below (-1 + 3 · 1) / 4
             "eval/errors": 2,
             "eval/length_mean": (2 + 6 + 4 + 8 + 5 + 5) / 6,  # of all
             "eval/truncated_share": 1 / 6,
@@ -140,6 +144,22 @@ def test_answers_are_compared_with_what_was_said_without_the_picture() -> None:
     assert metrics["eval/accuracy"] == 1.0  # of those with the picture alone
     check_names(metrics)
     assert not [name for name in evaluate(rewarder(0), None, 1, seen)[0] if "blind" in name]
+
+
+def test_remarks_on_the_first_evaluation() -> None:
+    asked = SimpleNamespace(cfg=Config(), form=AnswerForm(AnswerConfig(at="boxed")))
+    right, wrong, failed = group("e/0", "sum", 1.0, model=1), group("e/1", "sum", 0.0), group("e/2", "sum", None)
+    assert remarks(asked, [right, wrong]) == remarks(asked, []) == []
+    (failure,) = remarks(asked, [right], [failed, wrong])
+    assert failure.startswith("first evaluation: answers that could not be scored: 1 of 3 by numeric. ")
+    assert failure.endswith("The first: the verifier was killed")
+    for one in (right, wrong):
+        one.samples[0].answer = None
+    wrong.samples[0].text = "a" * 1000 + "b" * 1000
+    (silence,) = remarks(asked, [wrong])
+    assert r"looked for the content of the last \boxed{…} behind </think> (reward.answer.at=" in silence
+    assert silence.endswith("The first text: '" + "a" * 150 + " … " + "b" * 150 + "'")
+    assert remarks(asked, [wrong, right]) == []  # a function that reads the whole text gave points
 
 
 def test_an_evaluation_of_which_nothing_could_be_scored_ends_the_run() -> None:

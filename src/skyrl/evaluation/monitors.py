@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from skyrl.records import DataError, Metrics, Sample, SampleGroup, flatten
-from skyrl.rewards.format import extract_answer
 from skyrl.rewards.metrics import claim_metrics, means
 from skyrl.settings import Config, HallucinationConfig, ThresholdKind
 
@@ -117,6 +116,6 @@ def blind_metrics(groups: list[SampleGroup], blind: list[SampleGroup]) -> Metric
 
 
 def _same_answer(first: Sample, second: Sample) -> bool:
-    texts = [extract_answer(sample.text) for sample in (first, second)]
-    plain = [" ".join(text.casefold().split()) for text in texts if text is not None]
+    answers = (first.answer, second.answer)
+    plain = [" ".join(answer.casefold().split()) for answer in answers if answer is not None]
     return len(plain) == 2 and plain[0] != "" and plain[0] == plain[1]

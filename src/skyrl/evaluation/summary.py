@@ -15,14 +15,18 @@ from skyrl.evaluation.monitors import Monitor, blind_metrics, build_monitors
 from skyrl.evaluation.picture_drop import picture_drop
 from skyrl.monitoring.gallery import add_after, gallery_entries
 from skyrl.monitoring.records import read_json, write_json
-from skyrl.records import DataError, Metrics, RolloutRequest, SampleGroup
-from skyrl.rewards.metrics import answer_metrics, means, refuse_all_failed
+from skyrl.monitoring.samples import SampleFiles
+from skyrl.records import DataError, Metrics, RolloutRequest, SampleGroup, flatten
+from skyrl.rewards.metrics import answer_metrics, failures, means, refuse_all_failed
 from skyrl.rewards.rewarder import Rewarder
+from skyrl.rewards.scorers import score_metrics, score_remark
 from skyrl.settings import Config
 from skyrl.system import System
 
 logger = logging.getLogger(__name__)
 GALLERY = "gallery.json"
+SHOWN = 300
+"""Characters of an answer in a message."""
 
 
 def evaluate_policy(cfg: Config, system: System, step: int, run_dir: Path, clock: Callable[[], float]) -> Metrics:
@@ -41,13 +45,10 @@ def evaluate_policy(cfg: Config, system: System, step: int, run_dir: Path, clock
         metrics = system.learners.each(picture_drop, *scored)[0] | {"eval/probe_seconds": clock() - asked}
     path = run_dir / GALLERY
     chosen = read_json(path) if step > 0 and path.is_file() else None
-    found, gallery = system.rewards.one(evaluate, chosen, len(scored), *scored, *blind)
+    found, gallery = system.rewards.one(evaluate, chosen, len(scored), *scored, *blind, step=step)
     write_json(path, gallery)
-    if step == 0 and found.get("eval/format") == 0:
-        logger.warning(
-            "no answer of the first evaluation has the form <think>…</think><answer>…</answer>, and only what "
-            "stands inside the answer tags is scored: let the questions ask for it (docs/data.md)"
-        )
+    for note in system.rewards.one(remarks, *scored) if step == 0 else ():
+        logger.warning(note)
     return metrics | found | {"eval/seconds": clock() - started}
 
 
@@ -70,7 +71,11 @@ NAMES = {
 
 
 def evaluate(
-    rewarder: Rewarder, gallery: list[dict[str, Any]] | None, shown: int, *parts: list[SampleGroup]
+    rewarder: Rewarder,
+    gallery: list[dict[str, Any]] | None,
+    shown: int,
+    *parts: list[SampleGroup],
+    step: int | None = None,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Metrics of an evaluation and the report's gallery.
 
@@ -79,6 +84,7 @@ def evaluate(
         gallery: The one chosen before training, whose "after" side is filled in; ``None`` chooses it now.
         parts: Scored groups of one greedy sample each, in the order of the rows: first ``shown`` parts that were asked
             with their pictures, then those asked again without, if any.
+        step: After which their samples are kept in the run's folder; None keeps none.
 
     Raises:
         SkyrlError: if no answer could be scored.
@@ -87,10 +93,30 @@ def evaluate(
     """
     groups = [group for part in parts[:shown] for group in part]
     blind = [group for part in parts[shown:] for group in part]
-    refuse_all_failed(groups, "evaluation")
     cfg = rewarder.cfg
+    if step is not None:
+        SampleFiles(cfg).evaluation(step, [*groups, *blind])
+    refuse_all_failed(groups, "evaluation")
     entries = gallery_entries(groups, cfg.evaluation.gallery) if gallery is None else add_after(gallery, groups)
     return evaluation_metrics(groups, [*build_monitors(cfg), partial(blind_metrics, blind=blind)]), entries
+
+
+def remarks(rewarder: Rewarder, *parts: list[SampleGroup]) -> list[str]:
+    """What the user should read of the first evaluation's scored groups: that no answer was found, that verifiers
+    failed."""
+    groups = [group for part in parts for group in part]
+    samples = flatten(groups)
+    notes = [failures(groups, "first evaluation"), score_remark(groups, rewarder.cfg.reward)]
+    scored = any(sample.reward is not None and sample.reward.rule > 0 for sample in samples)  # by the whole text
+    if samples and not scored and not any(sample.answer for sample in samples):
+        text = samples[0].text
+        shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+        notes.append(
+            f"no answer was found in any of the {len(samples)} texts of the first evaluation: looked for "
+            f"{rewarder.form.wanted()} (reward.answer.at={rewarder.cfg.reward.answer.at.value}). Let the questions ask "
+            f"for that form, or say where the answer stands (docs/verifiers.md). The first text: {shown!r}"
+        )
+    return [note for note in notes if note is not None]
 
 
 def evaluation_metrics(groups: list[SampleGroup], monitors: Sequence[Monitor]) -> Metrics:
@@ -102,6 +128,8 @@ def evaluation_metrics(groups: list[SampleGroup], monitors: Sequence[Monitor]) -
     """
     overall = answer_metrics(groups)
     metrics = {new: overall[old] for old, new in NAMES.items() if old in overall}
+    metrics |= {f"eval{n.removeprefix('reward')}": v for n, v in overall.items() if n.startswith("reward/rule/")}
+    metrics |= score_metrics(groups)
     right: defaultdict[str, list[bool]] = defaultdict(list)
     for group in groups:
         right[f"eval/accuracy/{group.prompt.kind}"] += [s.right for s in group.samples if s.reward is not None]
