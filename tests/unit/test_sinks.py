@@ -7,8 +7,12 @@ import json
 import logging
 import math
 import re
+import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +20,15 @@ from rich.console import Console
 
 from skyrl.monitoring.metrics import METRICS, MetricError, MetricInfo
 from skyrl.monitoring.records import jsonable, read_metrics
-from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, Sinks, WandbSink, wandb_mode
+from skyrl.monitoring.sinks import (
+    ConsoleSink,
+    JsonlSink,
+    Sinks,
+    TensorboardSink,
+    WandbSink,
+    check_tensorboard,
+    wandb_mode,
+)
 from skyrl.records import ConfigError, DataError
 from skyrl.settings import Config, WandbMode
 
@@ -217,3 +229,64 @@ def test_wandb_online_without_network_becomes_offline(
     while b"reward/rule" not in file.read_bytes():  # wandb's own process writes it, and may still be at it
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+class Writer:
+    """Stands for tensorboardX's, of one folder: what TensorBoard would show of all its files. As there, starting with
+    ``purge_step`` hides what was written of that step and of later ones."""
+
+    shown: list[tuple[int, str, float]]
+
+    def __init__(self, logdir: str, purge_step: int | None = None) -> None:
+        assert Path(logdir).name == "tensorboard"
+        if purge_step is not None:
+            Writer.shown = [one for one in Writer.shown if one[0] < purge_step]
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        Writer.shown.append((step, name, value))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.fixture
+def tensorboard(monkeypatch: pytest.MonkeyPatch) -> type[Writer]:
+    module: Any = ModuleType("tensorboardX")
+    module.SummaryWriter, module.__spec__ = Writer, ModuleSpec("tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    Writer.shown = []
+    return Writer
+
+
+def test_tensorboard_resumes_with_one_value_a_step(tmp_path: Path, tensorboard: type[Writer]) -> None:
+    """A run that goes on from step 2 logs that step's sync again, and the steps behind it."""
+    check_tensorboard(True)
+    file, sink = JsonlSink(tmp_path / "metrics.jsonl"), TensorboardSink(tmp_path)
+    for step in range(5):
+        for metrics in ({"sync/seconds": 1.0}, {"loss/total": float(step), "time/step": 3.0}):
+            file.log(step, metrics)
+            sink.log(step, metrics)
+    sink.close()
+    assert len(Writer.shown) == 15
+    file = JsonlSink(tmp_path / "metrics.jsonl", resume_step=2)
+    sink = TensorboardSink(tmp_path, 2, read_metrics(tmp_path / "metrics.jsonl"))
+    sink.log(2, {"sync/seconds": 9.0})
+    sink.log(3, {"loss/total": 30.0})
+    sink.close()
+    assert len({(step, name) for step, name, _ in Writer.shown}) == len(Writer.shown)
+    shown = {(step, name): value for step, name, value in Writer.shown if step >= 2}
+    assert shown == {(2, "sync/seconds"): 9.0, (2, "loss/total"): 2.0, (2, "time/step"): 3.0, (3, "loss/total"): 30.0}
+
+
+def test_tensorboard_that_is_resumed_and_stopped_at_once_loses_nothing(
+    tmp_path: Path, tensorboard: type[Writer]
+) -> None:
+    TensorboardSink(tmp_path, 1, [{"step": 0, "loss/total": 0.0}, {"step": 1, "loss/total": 1.0, "x": None}]).close()
+    assert Writer.shown == [(1, "loss/total", 1.0)]
+
+
+def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skyrl.monitoring.sinks.find_spec", lambda name: None)
+    check_tensorboard(False)
+    with pytest.raises(ConfigError, match=r"^monitoring\.tensorboard=True: .*pip install tensorboardX$"):
+        check_tensorboard(True)

@@ -11,10 +11,11 @@ from pathlib import Path
 from skyrl.batch.assembly import Gated, add_group, check_fresh, gate_candidates, group_pairs, margin_candidates
 from skyrl.batch.offline import OfflinePairs
 from skyrl.batch.thresholds import Threshold
+from skyrl.monitoring.samples import SampleFiles
 from skyrl.records import DataError, Metrics, SampleGroup, SkyrlError, StepReport, TrainBatch, TrainItem, flatten
 from skyrl.replay.amount import replay_places, replay_weights
 from skyrl.replay.ssb import Drawn, SelectiveSampleBuffer
-from skyrl.rewards.metrics import refuse_all_failed, reward_metrics
+from skyrl.rewards.metrics import failures, refuse_all_failed, reward_metrics
 from skyrl.settings import Config, GrpoFilter, PairSource, ThresholdKind
 
 HEADER = b"skyrl sample buffer 2\n"
@@ -38,8 +39,11 @@ class Batcher:
         self.gate = Threshold(cfg.algorithm.gate, "algorithm.gate")
         self.pairs: OfflinePairs | None = None
         if cfg.data.pairs_path is not None:
-            self.pairs = OfflinePairs(cfg.data, policy_folder, cfg.rollout, cfg.model.chat_template_kwargs)
+            template, trust, tags = cfg.model.chat_template_kwargs, cfg.model.trust_remote_code, cfg.reward.answer.tags
+            self.pairs = OfflinePairs(cfg.data, policy_folder, cfg.rollout, template, tags, trust)
+        self.samples = SampleFiles(cfg)
         self._pending: dict[tuple[int, int], list[SampleGroup]] = {}
+        self._told = False
 
     def ready(self) -> None:
         """Returns once the member is up."""
@@ -84,6 +88,7 @@ class Batcher:
             add_group(batch, one.group, trained, pairs)
         lags = [version - item.sample.policy_version for item in batch.items]
         drawn = self._replay(batch, gated) if replays else []
+        self.samples.step(step, version, groups, batch.items[len(batch.items) - len(drawn) :])
         tokens = [item.sample.trained_tokens for item in batch.items if item.grpo_weight != 0]
         batch.grpo_samples, batch.grpo_tokens = len(tokens), sum(tokens)
         if with_pairs:
@@ -98,7 +103,10 @@ class Batcher:
             stats = self.buffer.stats(version)
             metrics |= {"buffer/prompts": stats["prompts"], "buffer/mass": stats["priority_mass"]}
         lengths = [len(sample.token_ids) for sample in flatten(groups)]
-        return batch, StepReport(metrics, samples=len(lengths), tokens=sum(lengths))
+        note = failures(groups, f"step {step}")
+        notes = (note,) if note and not self._told else ()
+        self._told = self._told or note is not None  # once in a run: the metric goes on counting
+        return batch, StepReport(metrics, len(lengths), sum(lengths), notes)
 
     def offline(self, step: int, version: int) -> tuple[TrainBatch, StepReport]:
         """The batch of one step of offline MPO: the next ``data.pairs_per_step`` pairs of ``data.pairs_path``.
@@ -120,6 +128,7 @@ class Batcher:
             counts: Step asked for ahead → how many of ``parts`` are its groups, in the order of the steps.
             parts: Lists of scored groups, so many in all.
         """
+        self.samples.wait()  # a checkpoint's steps have their samples
         places = [(step, place) for step, count in counts.items() for place in range(count)]
         state = {
             "buffer": self.buffer.state_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from skyrl.data.preference_pairs import ParquetPairs
@@ -18,6 +19,7 @@ class OfflinePairs:
         policy_folder: Hugging Face folder whose tokenizer and processor encode them.
         rollout: Its ``max_prompt_tokens`` and ``max_new_tokens`` are the longest prompt and answer.
         chat_template_kwargs: ``model.chat_template_kwargs``.
+        tags: Those of ``reward.answer``; the usual ones by default.
 
     Raises:
         DataError: for a broken file, naming row and column, a text that is too long, or fewer pairs than a step takes.
@@ -29,9 +31,11 @@ class OfflinePairs:
         policy_folder: str,
         rollout: RolloutConfig,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tags: Sequence[str] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         # torch and transformers, which the buffer needs for nothing else.
-        from skyrl.policy.encode import PromptEncoder
+        from skyrl.policy.encode import TAGS, PromptEncoder
 
         self.pairs, self.per_step = ParquetPairs(str(data.pairs_path)), data.pairs_per_step
         if self.per_step > len(self.pairs):
@@ -41,7 +45,9 @@ class OfflinePairs:
             )
         self.stream = PromptStream(len(self.pairs), data.seed)
         """The position in the file, which is state."""
-        self.encoder = PromptEncoder.from_pretrained(policy_folder, chat_template_kwargs)
+        self.encoder = PromptEncoder.from_pretrained(
+            policy_folder, chat_template_kwargs, trust_remote_code, tags or TAGS
+        )
         self.max_prompt_tokens = rollout.max_prompt_tokens
         self.pairs.check_tokens(self.encoder, rollout.max_prompt_tokens, rollout.max_new_tokens)
 

@@ -77,8 +77,11 @@ METRICS: dict[str, MetricInfo] = {
     "learner/micro_batches": _M("batches", "Forward passes into which the step was cut, of the rank with most."),
     # ---- reward
     "reward/total": _M("-", "Total hybrid reward, mean over the scored answers of the step."),
-    "reward/rule": _M("share", "Verifier's score in [0, 1], mean over the scored answers of the step."),
-    "reward/format": _M("share", "Answers that keep the think/answer form, of the scored answers of the step."),
+    "reward/rule": _M("-",
+        "Verifiers' score, in [0, 1] but for functions of other systems, mean over the scored answers of the step."),
+    "reward/rule/<name>": _M("-",
+        "Score of the verifier of that name, mean over the scored answers of the step that it judged."),
+    "reward/format": _M("share", "Answers that keep the form of `reward.answer`, of the scored answers of the step."),
     "reward/model": _M("-", "Raw score of the reward model (unbounded), mean over the scored answers of the step."),
     "reward/length_penalty": _M("-",
         "Soft penalty for length near the limit (DAPO), mean over the answers sampled in the step."),
@@ -126,8 +129,10 @@ METRICS: dict[str, MetricInfo] = {
     # ---- sync
     "sync/logprob_gap": _M("nats",
         "Largest difference of rollout and learner log-probability over the probe's tokens, after a sync."),
-    "sync/logprob_gap_mean": _M("nats",
-        "The mean difference over the same tokens; in 16 bits on CUDA it is the one judged."),
+    "sync/logprob_gap_mean": _M("nats", "The mean difference over the same tokens."),
+    "sync/logprob_gap_limit": _M("nats",
+        "What `sync/logprob_gap` was allowed to be: 1e-4 or, where the gap was above that, what rounding can do to "
+        "this policy (`rollout.logprob_gap_limit`)."),
     "sync/retries": _M("syncs", "Weight syncs that had to be sent a second time because the first probe failed."),
     "sync/seconds": _M("s", "Wall time of the weight transfer and its probe."),
     "sync/megabytes": _M("MB", "Size of the weights sent to each rollout worker (10^6 bytes)."),
@@ -145,7 +150,9 @@ METRICS: dict[str, MetricInfo] = {
     # ---- eval
     "eval/accuracy": _M("share", "Greedy answers with the full rule score, of the scored evaluation prompts."),
     "eval/accuracy/<kind>": _M("share", "The same for the evaluation prompts of one kind."),
-    "eval/format": _M("share", "Greedy answers that keep the think/answer form, of the scored evaluation prompts."),
+    "eval/rule/<name>": _M("-",
+        "Score of the verifier of that name, mean over the scored evaluation prompts that it judged."),
+    "eval/format": _M("share", "Greedy answers that keep the form of `reward.answer`, of the scored prompts."),
     "eval/hallucination": _M("share",
         "Greedy answers with at least one false claim about the picture, of the evaluation prompts whose picture has "
         "known facts."),
@@ -156,6 +163,8 @@ METRICS: dict[str, MetricInfo] = {
     "eval/length_mean": _M("tokens", "Length of a greedy answer, mean over the evaluation prompts."),
     "eval/truncated_share": _M("share", "Greedy answers that the length limit ended, of the evaluation prompts."),
     "eval/reward_model": _M("-", "Raw score of the reward model, mean over the scored evaluation prompts."),
+    "eval/reward_model_median": _M("-", "Raw score of the reward model, median over the scored evaluation prompts."),
+    "eval/reward_model_iqr": _M("-", "Raw score of the reward model, interquartile range over those prompts."),
     "eval/errors": _M("answers", "Greedy answers that could not be scored."),
     "eval/repetition": _M("share", "Token 4-grams that occurred before in the same greedy answer, mean over answers."),
     "eval/gate_rejected": _M("share",

@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from skyrl.monitoring.charts import charts_with_data, smoothing_window
-from skyrl.monitoring.console import number, percent
 from skyrl.monitoring.gallery import RULE, marked
+from skyrl.monitoring.pages import render
 from skyrl.monitoring.records import read_json, read_metrics, write_text_atomically
 from skyrl.monitoring.summary import figures, kinds
 from skyrl.records import DataError
@@ -47,12 +45,8 @@ def write_report(run_dir: Path, *, title: str | None = None) -> Path:
     summary: dict[str, Any] = read_json(summary_file) if summary_file.is_file() else {}
     machine = {key: summary[key] for key in ("python", "platform", "cpu_count") if key in summary}
     settings = {"Configuration": summary.get("config"), "Versions": (summary.get("versions") or {}) | machine}
-    # Everything that the template is given is escaped, but for the charts.
-    pages = Environment(
-        loader=PackageLoader("skyrl.monitoring", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    pages.filters |= {"percent": percent, "number": number}
-    page = pages.get_template("report.jinja").render(
+    page = render(
+        "report.jinja",
         heading=title or f"skyrl run: {(summary.get('config') or {}).get('name', run_dir.name)}",
         ended=bool(summary),
         figures=figures(summary),

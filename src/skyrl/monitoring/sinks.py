@@ -1,4 +1,4 @@
-"""Where the numbers of each step go: a file, Weights & Biases, and a fan-out to several sinks."""
+"""Where the numbers of each step go: a file, Weights & Biases, TensorBoard, and a fan-out to several sinks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -160,6 +161,58 @@ def _wandb_run(mode: Literal["online", "offline"], arguments: Mapping[str, Any],
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def check_tensorboard(wanted: bool) -> None:
+    """Raises:
+    ConfigError: if event files are ``wanted`` and the package that writes them is not installed.
+    """
+    if wanted and find_spec("tensorboardX") is None:
+        raise ConfigError(
+            "monitoring.tensorboard=True: must be false without the package tensorboardX; install it with pip install "
+            "tensorboardX"
+        )
+
+
+class TensorboardSink:
+    """Event files in the run's folder, one value of a metric a step: ``tensorboard --logdir RUN/tensorboard``."""
+
+    def __init__(
+        self, run_dir: Path, resume_step: int | None = None, history: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Start a file.
+
+        Args:
+            resume_step: A run that goes on from the checkpoint of this step purges it and the later ones from what the
+                files before show.
+            history: Records of :func:`read_metrics`; the one of ``resume_step`` is written once more, with what the
+                resumed run measures of that step anew in the place of the old.
+        """
+        from tensorboardX import SummaryWriter
+
+        purge = {} if resume_step is None else {"purge_step": resume_step}
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), **purge)
+        again = [record for record in history if record["step"] == resume_step]
+        self._held: Metrics = {k: v for record in again for k, v in record.items() if k != "step" and v is not None}
+        self._held_step = resume_step
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Hand the numbers to the writer's own thread."""
+        if step != self._held_step:
+            self._write_held()
+        for name, value in metrics.items():
+            self._held.pop(name, None)
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._write_held()
+        self._writer.close()
+
+    def _write_held(self) -> None:
+        for name, value in self._held.items():
+            self._writer.add_scalar(name, value, self._held_step)
+        self._held = {}
 
 
 class RayGaugeSink:
