@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 COMMON = (
-    *("data=parquet", "data.train_path={data}/train.parquet", "data.eval_path={data}/eval.parquet"),
+    *("data={source}", "data.train_path={data}/train.parquet", "data.eval_path={data}/eval.parquet"),
     *("rollout.prompts_per_step=16", "rollout.samples_per_prompt=4", "data.eval_size=48", "evaluation.every=2"),
     *("checkpoint.every=0", "checkpoint.export=false", "cluster.dashboard=false", "monitoring.wandb=off"),
     *("monitoring.console=false", "monitoring.ray_metrics=false", "learner.lr=3e-4", "learner.warmup_steps=1"),
@@ -58,6 +58,7 @@ def record(out: Path, source: Path, policy: Path, reward: Path, data: Path, only
     """Run everything (or ``only`` the named runs) and write ``OUT/<run>.jsonl``."""
     out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(source / "src")}
+    named = next(name for name in ("files", "parquet") if (source / "conf" / "data" / f"{name}.yaml").is_file())
     for name, starts in RUNS.items():
         if only and name not in only:
             continue
@@ -65,7 +66,7 @@ def record(out: Path, source: Path, policy: Path, reward: Path, data: Path, only
         with tempfile.TemporaryDirectory() as folder:
             run_dir = Path(folder) / "run"
             for overrides in starts:
-                words = [word.format(data=data) for word in (*COMMON, *overrides)]
+                words = [word.format(data=data, source=named) for word in (*COMMON, *overrides)]
                 words += [f"name=same_{name}", f"run_dir={run_dir}", f"model.policy={policy}", f"model.reward={reward}"]
                 command = [sys.executable, "-m", "skyrl.launch", *words]
                 subprocess.run(command, check=True, env=environment, cwd=folder, stdout=subprocess.DEVNULL)

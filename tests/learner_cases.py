@@ -280,8 +280,8 @@ class Cases:
         cfg.learner.trainable, cfg.learner.gradient_checkpointing = Trainable.adapter, True
         cut: list[bool] = []
 
-        def watched(folder: str, dtype: str) -> Any:
-            model = load_policy(folder, dtype)
+        def watched(folder: str, dtype: str, *more: Any) -> Any:
+            model = load_policy(folder, dtype, *more)
             cut.append(all(hasattr(p, "ds_tensor") for p in model.parameters()))
             return model
 

@@ -122,7 +122,7 @@ def run_loop(
     """The loop over a system in this process; ``resume`` goes on from the newest checkpoint in ``cfg.run_dir``."""
     sink, run_dir = Sink(kill_at), Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with start_system(cfg, policy, None, executor or LocalExecutor()) as system:
+    with start_system(cfg, policy, cfg.model.reward, executor or LocalExecutor()) as system:
         size = len(rows) if rows is not None else system.sizes()["train"]
         more = {} if clock is None else {"clock": clock}
         loop = Loop(cfg, system, PromptStream(size, cfg.data.seed), sink, run_dir, rows, **more)

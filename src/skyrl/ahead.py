@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.batch.batcher import Batcher
-from skyrl.data.stream import PromptStream
+from skyrl.data.stream import Stream
 from skyrl.records import RolloutRequest, SampleGroup, SkyrlError
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, PairSource
@@ -59,7 +59,7 @@ class Ahead:
         rows: The data set's rows to train on (a filtered pool); None means all.
     """
 
-    def __init__(self, cfg: Config, system: System, stream: PromptStream, rows: Sequence[int] | None = None) -> None:
+    def __init__(self, cfg: Config, system: System, stream: Stream, rows: Sequence[int] | None = None) -> None:
         self.cfg, self.system, self.stream, self.rows = cfg, system, stream, rows
         self.position = stream.state_dict()
         """The stream's state behind the rows that were trained on."""

@@ -30,7 +30,7 @@ BY_TIME = re.compile(r"\d{4}-\d{2}-\d{2}_\d{2}-\d{2}-\d{2}")
 """Name of a folder that nobody chose: the time at which the run was started."""
 FREE = (
     *("resume", "run_dir", "monitoring.", "cluster.", "checkpoint.", "evaluation.", "hallucination.", "filter."),
-    *("controller.steps", "controller.timeout", "digits.cache_dir", "data.eval_size"),
+    *("evaluate.", "controller.steps", "controller.timeout", "digits.cache_dir", "data.eval_size"),
 )
 """Settings (or their beginnings) that a resumed run may change without a word."""
 FIXED = ("data.", "model.", "digits.")

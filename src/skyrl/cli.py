@@ -50,6 +50,8 @@ def run_command(work: Callable[[], object], interrupted: str) -> None:
         interrupted: what to print after an interruption.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # transformers warns of the *default* configuration of an architecture each time that it shows one.
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)

@@ -20,22 +20,28 @@ Two branches of a step: ``algorithm.mpo.pairs=dropout_ntp`` lets the scored answ
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from skyrl.ahead import Ahead
 from skyrl.batch.batcher import Batcher
 from skyrl.checkpoint import Checkpoints, read_state
-from skyrl.data.stream import PromptStream
+from skyrl.data.stream import Stream
 from skyrl.evaluation.summary import evaluate_policy
 from skyrl.learner.step import LearnerStep
 from skyrl.monitoring.laps import Laps
+from skyrl.monitoring.records import write_json
 from skyrl.monitoring.sinks import MetricSink
 from skyrl.records import Metrics, StepReport, TrainBatch
+from skyrl.rewards.scorers import SCALE_FILE, Scale, fitted_scale, restored_scale
 from skyrl.rollout.sampler import Sampler
-from skyrl.settings import Config
+from skyrl.settings import Config, Squash
 from skyrl.system import System
+
+logger = logging.getLogger(__name__)
 
 
 class Loop:
@@ -55,7 +61,7 @@ class Loop:
         self,
         cfg: Config,
         system: System,
-        stream: PromptStream,
+        stream: Stream,
         sink: MetricSink,
         run_dir: Path,
         rows: Sequence[int] | None = None,
@@ -66,6 +72,8 @@ class Loop:
         self.checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
         self.step = self.version = 0
         self.seconds_training = 0.0
+        self.scale: Scale | None = None
+        """Of the reward model's scores, if it was fitted on the first evaluation."""
 
     def run(self) -> None:
         """Train from the current step to the last one, evaluating and saving on schedule."""
@@ -117,6 +125,8 @@ class Loop:
             laps.end("time/blind")
         batch, told = self.system.buffer.pair(Batcher.exchange, self.step, self.version, *rollout.scored)
         report = self.system.buffer.fetch([told])[0]
+        for note in report.notes:
+            logger.warning(note)
         laps.end("time/buffer")
         return batch, report
 
@@ -131,12 +141,26 @@ class Loop:
         return self.step == self.cfg.controller.steps or (every > 0 and self.step % every == 0)
 
     def _evaluate(self) -> None:
-        self.sink.log(self.step, evaluate_policy(self.cfg, self.system, self.step, self.run_dir, self.clock))
+        metrics = evaluate_policy(self.cfg, self.system, self.step, self.run_dir, self.clock)
+        self.sink.log(self.step, metrics)
+        if self.step == 0 and self._fits_scale():
+            self._use_scale(fitted_scale(metrics))
+
+    def _fits_scale(self) -> bool:
+        squashed = self.cfg.reward.squash in (Squash.sigmoid, Squash.tanh)
+        return self.cfg.model.reward is not None and squashed and self.cfg.reward.squash_scale is None
+
+    def _use_scale(self, scale: Scale) -> None:
+        """Reward members read it from the run's folder, also one that is built anew."""
+        self.scale = scale
+        write_json(self.run_dir / SCALE_FILE, scale._asdict())
 
     # ------------------------------------------------------------ state
 
     def _save(self) -> None:
-        state = {"step": self.step, "version": self.version, "seconds_training": self.seconds_training}
+        state: dict[str, Any] = {"step": self.step, "version": self.version, "seconds_training": self.seconds_training}
+        if self.scale is not None:
+            state |= {"reward_scale": self.scale._asdict()}
         with self.checkpoints.writing(self.step, state | self.ahead.state_dict()) as folder:
             self.system.learners.each(LearnerStep.save, folder / "learner")
             self.ahead.save(folder / "buffer.pkl")
@@ -148,3 +172,5 @@ class Loop:
         self.ahead.load(folder / "buffer.pkl", state, state["step"])
         self.step, self.version = state["step"], state["version"]
         self.seconds_training = state["seconds_training"]
+        if self._fits_scale():
+            self._use_scale(restored_scale(state, folder))

@@ -71,11 +71,31 @@ class Prompt:
     variant: str = ""
     """What was made of the data set's prompt: "" nothing, ``blind`` its pictures left out, ``masked`` most of each
     picture blackened, ``pair`` a prompt of the file of preference pairs."""
+    turns: tuple[Turn, ...] = ()
+    """The whole conversation, with the places of the pictures; ``()`` means one user's turn: all pictures, then
+    ``question``."""
+    checks: tuple[Check, ...] = ()
+    """Several comparisons of one answer; ``()`` means that ``verifier`` alone compares it with ``answer``."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The row's other columns, for reward functions of other systems. Never shown to the policy."""
 
     @property
     def key(self) -> tuple[str, str]:
         """What caches go by: two prompts of one key are the same prompt."""
         return self.id, self.variant
+
+    @property
+    def conversation(self) -> tuple[Turn, ...]:
+        """``turns``, also where it is ``()``. Places of pictures are left out where the prompt has none (``blind``)."""
+        turns = self.turns or (Turn("user", (*(None for _ in self.images), self.question)),)
+        if self.images:
+            return turns
+        return tuple(replace(turn, parts=tuple(part for part in turn.parts if part is not None)) for turn in turns)
+
+    @property
+    def all_checks(self) -> tuple[Check, ...]:
+        """``checks``, also where it is ``()``."""
+        return self.checks or (Check(self.verifier, self.answer),)
 
 
 @dataclass(slots=True)
@@ -85,7 +105,7 @@ class RewardParts:
     rule: float
     """The verifiers' score, in [0, 1] unless it is a foreign reward function's."""
     format: float
-    """1.0 if the answer keeps the ``<think>…</think><answer>…</answer>`` form, else 0.0."""
+    """1.0 if the answer keeps the form that ``reward.answer`` asks for, else 0.0."""
     model: float | None
     """The reward model's raw scalar score r_θ (unbounded); ``None`` when no reward model is used."""
     total: float
@@ -139,6 +159,9 @@ class Sample:
     mask: np.ndarray = field(default_factory=lambda: _ALL)
     """bool [T]: the tokens that the policy chose and that may be trained on; by default all of them. What stands there
     without being the policy's choice (a tool's result), and a truncated answer that shall not train, is False."""
+    answer: str | None = None
+    """What was found in ``text`` where the setting ``reward.answer`` looks; ``None`` if nothing was, and until
+    scored."""
 
     def __post_init__(self) -> None:
         if self.mask is _ALL:
@@ -233,6 +256,8 @@ class StepReport:
     """Answers sampled for the step."""
     tokens: int
     """Their tokens."""
+    notes: tuple[str, ...] = ()
+    """What the user should read, besides numbers."""
 
 
 @dataclass(slots=True, frozen=True)

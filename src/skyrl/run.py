@@ -11,19 +11,33 @@ from typing import Any
 from rich.console import Console
 
 from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, held, new_folder, read_state
+from skyrl.checks.all import cheap_checks
 from skyrl.crew.crew import Executor
 from skyrl.crew.ray_executor import ray_session
-from skyrl.data.stream import PromptStream
+from skyrl.data.stream import prompt_stream
 from skyrl.learner import files
 from skyrl.loop import Loop
 from skyrl.monitoring.metrics import metric_table
+from skyrl.monitoring.model_card import write_model_card
 from skyrl.monitoring.records import jsonable, read_json, read_metrics, write_json
 from skyrl.monitoring.report import write_report
-from skyrl.monitoring.sinks import ConsoleSink, JsonlSink, MetricSink, RayGaugeSink, Sinks, WandbSink, wandb_mode
+from skyrl.monitoring.sinks import (
+    ConsoleSink,
+    JsonlSink,
+    MetricSink,
+    RayGaugeSink,
+    Sinks,
+    TensorboardSink,
+    WandbSink,
+    wandb_mode,
+)
 from skyrl.monitoring.summary import print_summary, write_summary
+from skyrl.policy.hub import model_folder
 from skyrl.records import DataError
+from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, WandbMode
-from skyrl.system import start_system
+from skyrl.settings.reward_model import is_endpoint
+from skyrl.system import System, fitting_rows, start_system
 
 BUILT = {"digits": "skyrl.digits.embedded:embedded_models"}
 """``model.policy`` and ``model.reward`` by name → the function that builds both."""
@@ -65,6 +79,8 @@ def run(cfg: Config, executor: Executor | None = None) -> dict[str, Any]:
         summary = write_summary(
             run_dir / "summary.json", read_metrics(run_dir / "metrics.jsonl"), config=cfg, seconds_training=seconds
         )
+        if (policy := run_dir / "policy").is_dir():
+            write_model_card(policy, run_dir, cfg, summary)
         print_summary(summary, write_report(run_dir), console)
     return summary
 
@@ -75,6 +91,11 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
     if rows is not None:
         check_size(len(rows), cfg)
     policy, reward = model_folders(cfg)
+    checked = cheap_checks(cfg, policy)
+    if cfg.model.policy not in BUILT:
+        checked.encoder  # noqa: B018 -- its processor may want files or packages that are not here
+    if rows is None:
+        check_size(len(checked.datasets["train"]), cfg)
     with ExitStack() as stack:
         if executor is None:
             dashboard = stack.enter_context(ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}"))
@@ -83,9 +104,12 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
         counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
         console.print("starting {} rollout, {} reward and {} learner members, 1 sample buffer".format(*counts))
         system = stack.enter_context(start_system(cfg, policy, reward, executor))
+        rows = fitting(cfg, system, rows, console)
         size = system.sizes()["train"] if rows is None else len(rows)
         check_size(size, cfg)
-        loop = Loop(cfg, system, PromptStream(size, cfg.data.seed), Sinks([]), run_dir, rows)
+        step = cfg.rollout.prompts_per_step
+        stream = prompt_stream(system.rollouts.one(Sampler.parts), cfg.data.seed, step, cfg.data.weights, rows)
+        loop = Loop(cfg, system, stream, Sinks([]), run_dir, rows)
         if checkpoint is not None:  # nothing of the old run is overwritten before its state was accepted
             loop.restore(checkpoint)
             write_json(run_dir / SETTINGS, cfg)
@@ -95,14 +119,17 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
 
 
 def model_folders(cfg: Config) -> tuple[str, str | None]:
-    """Folders of policy and reward model; models that have a name are built now, unless they are in their cache."""
+    """Folders of policy and reward model; models that have a name are built or downloaded now, unless they are in their
+    cache."""
     found = [cfg.model.policy, cfg.model.reward]
     for name in {model for model in found if model in BUILT}:
         made = resolve_name(BUILT[name])(cfg)
         found = [str(own) if model == name else model for model, own in zip(found, made, strict=True)]
-    policy, reward = found
-    # Links of a reward model's folder stay as they are.
-    return str(Path(str(policy)).resolve()), None if reward is None else str(Path(reward).absolute())
+    policy = model_folder(str(found[0]), "model.policy")
+    reward = found[1]
+    if reward is not None and not is_endpoint(reward):
+        reward = str(Path(model_folder(reward, "model.reward")).absolute())  # its links stay as they are
+    return str(Path(str(policy)).resolve()), reward
 
 
 def pool_rows(cfg: Config) -> Sequence[int] | None:
@@ -114,6 +141,25 @@ def pool_rows(cfg: Config) -> Sequence[int] | None:
 
     rows: list[int] = pool.pool_rows(Path(cfg.data.pool_path), cfg.data, build_datasets(cfg)["train"]).tolist()
     return rows
+
+
+def fitting(cfg: Config, system: System, rows: Sequence[int] | None, console: Console) -> Sequence[int] | None:
+    """The training rows that can be asked, of ``rows`` (None: of all; also what is returned then if that is so).
+    Held-out rows that can't be are taken out of the rollout members' data.
+
+    Raises:
+        DataError: as :func:`~skyrl.system.fitting_rows`.
+    """
+    if cfg.data.source == "digits":  # made to fit, and only drawn when they are asked for
+        return rows
+    sizes = system.sizes()
+    held_out = fitting_rows(cfg, system, "eval", range(sizes["eval"]), console)
+    if len(held_out) < sizes["eval"]:
+        system.rollouts.each(Sampler.keep, "eval", held_out)
+    if cfg.data.pairs_path is not None:  # their prompts are asked for evaluation only
+        return rows
+    found = fitting_rows(cfg, system, "train", range(sizes["train"]) if rows is None else rows, console)
+    return rows if rows is None and len(found) == sizes["train"] else found
 
 
 def check_size(size: int, cfg: Config) -> None:
@@ -133,10 +179,14 @@ def check_size(size: int, cfg: Config) -> None:
 
 def with_absolute_paths(cfg: Config) -> Config:
     """Members on a joined cluster need not share this process's working folder."""
-    names = ("train_path", "eval_path", "pool_path", "pairs_path")
+    names = ("train_path", "eval_path", "pool_path", "pairs_path", "picture_root")
     # Links stay as they are: relative pictures lie beside the link, and default ids have its name.
-    paths = {name: str(Path(path).absolute()) for name in names if (path := getattr(cfg.data, name)) is not None}
+    paths = {name: _absolute(path) for name in names if (path := getattr(cfg.data, name)) is not None}
     return cfg.model_copy(update={"data": cfg.data.model_copy(update=paths)})
+
+
+def _absolute(path: str | list[str]) -> str | list[str]:
+    return str(Path(path).absolute()) if isinstance(path, str) else [str(Path(one).absolute()) for one in path]
 
 
 def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console) -> Sinks:
@@ -147,6 +197,8 @@ def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console
     mode = wandb_mode(cfg.monitoring.wandb)
     if mode is not WandbMode.off:
         sinks.append(WandbSink(run_dir, project=cfg.monitoring.wandb_project, name=cfg.name, mode=mode, config=cfg))
+    if cfg.monitoring.tensorboard:
+        sinks.append(TensorboardSink(run_dir, step, read_metrics(run_dir / "metrics.jsonl")))
     if cfg.monitoring.ray_metrics:
         sinks.append(RayGaugeSink(f"{cfg.name}/{run_dir.name}"))
     return Sinks(sinks, metric_table(cfg))

@@ -6,12 +6,13 @@ The words come from a model's JSON schema, so a message and docs/configuration.m
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -22,6 +23,17 @@ Limit = Annotated[float, Field(gt=0, allow_inf_nan=True)]
 DottedPath = Annotated[
     str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", json_schema_extra={"allowed": "package.module:Name"})
 ]
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern), Field(json_schema_extra={"allowed": "a regular expression"})]
 Problem = tuple[str, str]
 """Settings that do not fit together: their keys, with a space between them, and why, with what to do."""
 NOUNS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}

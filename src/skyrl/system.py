@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from rich.console import Console
+
 from skyrl.batch.batcher import Batcher
 from skyrl.crew.crew import Crew, Executor, LocalExecutor, MemberSpec
 from skyrl.crew.placement import BUFFER_CPUS, Placement, check_resources
 from skyrl.learner.step import LearnerStep
-from skyrl.records import ConfigError, RolloutRequest, SampleGroup
+from skyrl.records import ConfigError, DataError, RolloutRequest, SampleGroup
 from skyrl.rewards.rewarder import Rewarder
 from skyrl.rollout.engine import rollout_environment
-from skyrl.rollout.sampler import Sampler
-from skyrl.settings import Config
+from skyrl.rollout.sampler import Sampler, Unfit
+from skyrl.settings import Config, Overlong
 from skyrl.sync.syncer import Syncer
 
 R = TypeVar("R")
+MEASURED_TOGETHER = 2048
+"""Rows that a rollout member measures in one call."""
+MEASURING_SHOWN = 10
+"""Seconds between two lines about it."""
+NAMED_ROWS = 10
+"""Rows that a message names."""
 REWARD_RESTARTS = 3
 """A reward member has no state, so Ray may start it again; any other loss ends the run, which a checkpoint resumes."""
 
@@ -53,6 +62,39 @@ class System:
     def sizes(self) -> dict[str, int]:
         """Prompts per split, as the rollout members see them; waits until one is up."""
         return self.rollouts.one(Sampler.sizes)
+
+
+def fitting_rows(cfg: Config, system: System, split: str, rows: Sequence[int], console: Console) -> Sequence[int]:
+    """Those of the rows of a split whose prompts can be asked: all of them, unless ``data.overlong=drop`` leaves some
+    out. The rollout members measure them side by side, before the first step.
+
+    Raises:
+        DataError: naming the rows that are too long (``data.overlong=error``) or that the model's processor or chat
+            template refuses, or if none is left.
+    """
+    parts = [rows[start : start + MEASURED_TOGETHER] for start in range(0, len(rows), MEASURED_TOGETHER)]
+    promises, found = system.rollouts.deal(Sampler.unfit, parts, split), list[Unfit]()
+    started = reported = time.monotonic()
+    for done, promise in enumerate(promises):
+        found += system.rollouts.fetch([promise])[0]
+        if time.monotonic() - reported > MEASURING_SHOWN:
+            reported = time.monotonic()
+            console.print(f"measuring {split} prompts: {done + 1} of {len(parts)} parts, {reported - started:.0f} s")
+    dropped, limit = cfg.data.overlong is Overlong.drop, cfg.rollout.max_prompt_tokens
+    if wrong := [one for one in found if not (one.too_long and dropped)]:
+        named = "\n".join(f"row {one.row}: {one.problem}" for one in wrong[:NAMED_ROWS])
+        more = f"\n… and {len(wrong) - NAMED_ROWS} more" if len(wrong) > NAMED_ROWS else ""
+        raise DataError(
+            f"{len(wrong)} of {len(rows)} {split} prompts can't be asked (rollout.max_prompt_tokens={limit}; "
+            f"data.overlong=drop leaves those out that are too long, cut shortens them):\n{named}{more}"
+        )
+    if not found:
+        return rows
+    console.print(f"data.overlong=drop: {len(found)} of {len(rows)} {split} prompts are left out (over {limit} tokens)")
+    if len(found) == len(rows):
+        raise DataError(f"data.overlong=drop leaves no {split} prompt; raise rollout.max_prompt_tokens")
+    left_out = {one.row for one in found}
+    return [row for row in rows if row not in left_out]
 
 
 @contextmanager

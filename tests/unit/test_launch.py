@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import signal
@@ -35,9 +36,11 @@ def refusal(*overrides: str) -> list[str]:
 def own(tmp_path: Path) -> list[str]:
     """The files of somebody's own model and data."""
     (tmp_path / "model").mkdir()
+    classifier = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}  # it is the reward model, too
+    (tmp_path / "model" / "config.json").write_text(json.dumps(classifier))
     (tmp_path / "rows.parquet").touch()
     data = [f"data.{name}_path={tmp_path}/rows.parquet" for name in ("train", "eval")]
-    return [f"model.policy={tmp_path}/model", *data, "data=parquet"]
+    return [f"model.policy={tmp_path}/model", *data, "data=files"]
 
 
 def test_the_default_is_valid_and_equals_the_models_but_for_the_run_folder() -> None:
@@ -67,8 +70,8 @@ def test_overrides_groups_and_enums() -> None:
 @pytest.mark.parametrize("option", sorted(p for p in CONF.rglob("*.yaml") if p.parent != CONF), ids=lambda p: p.stem)
 def test_every_option_composes_and_is_valid(option: Path, own: list[str]) -> None:
     extra = list[str]()
-    if option.stem.startswith("huggingface") or option.stem in ("r1v2_38b", "parquet"):
-        extra = own if option.stem != "parquet" else [*own, "model=huggingface"]
+    if option.stem.startswith("huggingface") or option.stem in ("r1v2_38b", "files", "smollm2"):
+        extra = own if option.stem != "files" else [*own, "model=huggingface"]
     if option.stem in ("huggingface_with_reward", "r1v2_38b"):
         extra = [*extra, own[0].replace("model.policy", "model.reward")]
     if option.parent.name == "rollout" and option.stem == "gpu":
@@ -85,7 +88,7 @@ def test_a_model_of_ones_own_works_as_the_readme_says(own: list[str]) -> None:
     cfg = compose_config(["model=huggingface_with_reward", own[0].replace("policy", "reward"), *own])
     assert cfg.reward.model_weight == 1.0 and cfg.algorithm.mpo.pairs is PairSource.reward_margin
     compose_config(["model=huggingface", *own, "rollout=gpu", "learner=gpu_zero3", "model.dtype=bfloat16"])
-    assert refusal("model=huggingface")[0].startswith("model.policy=: must be digits or a Hugging Face folder")
+    assert refusal("model=huggingface")[0].startswith("model.policy=: must be digits, a Hugging Face folder")
 
 
 @pytest.mark.parametrize(

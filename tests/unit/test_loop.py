@@ -19,7 +19,9 @@ from skyrl.crew.crew import LocalExecutor, Member, MemberSpec
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
 from skyrl.records import ConfigError, SampleGroup, SkyrlError, SyncError, TrainBatch
-from skyrl.settings import PairSource, Stage
+from skyrl.rewards.reward_model import RewardModel
+from skyrl.rewards.scorers import SCALE_FILE
+from skyrl.settings import Config, PairSource, Stage
 from skyrl.system import start_system
 
 STEPS = 4
@@ -113,6 +115,35 @@ def test_killed_at_any_step_and_resumed_it_is_the_run_that_never_stopped(policy:
         assert asked(trained) == asked(seen.batches)
         for a, b in zip(trained, seen.batches, strict=True):
             assert [i.sample.token_ids.tolist() for i in a.items] == [i.sample.token_ids.tolist() for i in b.items]
+
+
+def test_the_scale_of_the_reward_model_is_fitted_once_and_kept(policy: str, tmp_path: Path) -> None:
+    """On the first evaluation's raw scores; the totals that are trained on are those of the fitted scale."""
+    from tiny_models import encoder, random_model
+
+    RewardModel(random_model(7), encoder()).save(tmp_path / "reward")
+
+    def changed(run_dir: Path) -> Config:
+        cfg = config(run_dir, STEPS, lag=1)
+        cfg.model.reward, cfg.reward.model_weight = str(tmp_path / "reward"), 1.0
+        cfg.reward.squash_scale, cfg.data.eval_size = None, 16
+        return cfg
+
+    seen, first, second = Watched(), Watched(), Watched()
+    sink = run_loop(changed(tmp_path / "whole"), policy, seen)
+    found = next(metrics for _, metrics in sink.all if "eval/reward_model_iqr" in metrics)
+    centre, scale = found["eval/reward_model_median"], found["eval/reward_model_iqr"] / (2 * np.log(3))
+    rewards = [item.sample.reward for batch in seen.batches for item in batch.items]
+    assert len(rewards) > 20
+    for reward in rewards:
+        squashed = 1 / (1 + np.exp(-(reward.model - centre) / scale))
+        assert reward.total == pytest.approx(reward.rule + 0.1 * reward.format + squashed)
+    cut = changed(tmp_path / "cut")
+    before = numbers(run_loop(cut, policy, first, kill_at=3))
+    (tmp_path / "cut" / SCALE_FILE).unlink()  # the checkpoint has it too
+    assert before | numbers(run_loop(cut, policy, second, resume=True)) == numbers(sink)
+    cut.reward.squash_scale = 0.5
+    run_loop(cut, policy, resume=True)
 
 
 def test_a_resumed_run_may_change_its_lag_and_still_trains_every_prompt_once(policy: str, tmp_path: Path) -> None:
@@ -215,10 +246,10 @@ def test_one_step_calls_every_part_in_the_order_of_the_dataflow(policy: str, tmp
     cfg.checkpoint.export = True
     run_loop(cfg, policy, watched)
     sync = ["snapshot", "load_weights", "probe", "probe_gap"]
-    evaluation = ["sizes", "generate", "score", "generate", "score", "picture_drop", "evaluate"]
+    evaluation, first = ["sizes", "generate", "score", "generate", "score", "picture_drop", "evaluate"], ["remarks"]
     start = ["sizes", "ready", "free_port", "ready", "join", "sizes"]
     step = ["generate", "score", "exchange", "train_step", *sync]
-    assert watched.calls == [*start, *sync, *evaluation, *step, *evaluation, "save", "save", "export"]
+    assert watched.calls == [*start, *sync, *evaluation, *first, *step, *evaluation, "save", "save", "export"]
     assert (tmp_path / "policy" / "config.json").is_file()
 
 
@@ -290,4 +321,4 @@ def test_answers_without_tags_at_the_start_are_warned_of_once(
     cfg.rollout.max_new_tokens = 24 if tags else 3
     cfg.rollout.probe_new_tokens = 3
     run_loop(cfg, policy)
-    assert caplog.text.count("no answer of the first evaluation has the form") == int(not tags)
+    assert caplog.text.count("no answer was found in any of the 4 texts") == int(not tags)

@@ -119,7 +119,7 @@ def test_phrases_are_counted_once_an_answer_and_only_with_pictures() -> None:
 
 
 def answered(answer: str | None, rule: float | None) -> Sample:
-    return sample("<think>I see" if answer is None else f"<think>..</think><answer>{answer}</answer>", rule)
+    return replace(sample(rule=rule), answer=answer)
 
 
 def asked_blind(name: str, *samples: Sample) -> SampleGroup:

@@ -32,7 +32,7 @@ def files(folder: Path, *endings: str) -> set[str]:
 
 def test_every_module_and_settings_file_is_in(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    assert {f"skyrl/{name}" for name in files(ROOT / "src" / "skyrl", ".py", ".css", ".jinja")} <= names
+    assert {f"skyrl/{name}" for name in files(ROOT / "src" / "skyrl", ".py", ".css", ".js", ".jinja")} <= names
     settings = {f"skyrl/conf/{name}" for name in files(ROOT / "conf", ".yaml")}
     assert "skyrl/conf/config.yaml" in settings and settings <= names
     assert wheel.read("skyrl/conf/config.yaml") == (ROOT / "conf" / "config.yaml").read_bytes()

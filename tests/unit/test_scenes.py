@@ -26,9 +26,10 @@ from skyrl.digits.scenes import (
 )
 from skyrl.digits.settings import PICTURE_KINDS
 from skyrl.records import DataError, Prompt
+from skyrl.rewards.answers import AnswerForm
 from skyrl.rewards.claims import check_claims
-from skyrl.rewards.format import extract_answer, format_reward
 from skyrl.rewards.verifiers import get_verifier
+from skyrl.settings import AnswerConfig
 
 ROWS = 400
 SPLITS = ("train", "eval", "reward")
@@ -117,11 +118,11 @@ def test_pictures_show_the_facts(split: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_are_right_and_reasoning_is_faithful(split: str) -> None:
-    scenes = DigitScenes(split, ROWS, 0.15, 2)
+    scenes, form = DigitScenes(split, ROWS, 0.15, 2), AnswerForm(AnswerConfig())
     for row in range(ROWS):
         prompt, text = scenes.with_reasoning(row)
         assert int(prompt.answer) == truth(prompt), prompt
-        assert extract_answer(text) == prompt.answer and format_reward(text) == 1.0
+        assert form.find(text) == prompt.answer and form.kept(text, prompt.answer) == 1.0
         assert get_verifier(prompt.verifier)(prompt.answer, prompt.answer) == 1.0
         assert get_verifier(prompt.verifier)(str(truth(prompt) + 1), prompt.answer) == 0.0
         claims = check_claims(text, prompt.facts)

@@ -16,6 +16,7 @@ from tiny_models import encoder, picture, processor, prompt
 from skyrl.digits.architecture import CHAT_TEMPLATE
 from skyrl.policy.encode import TAGS, PromptEncoder
 from skyrl.records import ConfigError, DataError
+from skyrl.settings import AnswerConfig
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -200,6 +201,18 @@ def test_a_role_of_a_token_that_does_not_exist_is_none(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- tags
+
+
+def test_tags_go_by_the_names_of_the_settings():
+    named = AnswerConfig(think_tag="reason", answer_tag="final").tags
+    template = CHATML.replace("assistant\n", "assistant\n<reason>\n")
+    made = PromptEncoder(tokenizer(template, (*IM, *named), (), "<|im_end|>"), tags=named)
+    assert {*made.special_tags} == {*named} and made.answer_prefix == "<reason>"
+    assert not {*made.special_tags.values()} & {*made.forbidden_token_ids()}
+    (ids,) = made.answer_ids(["<reason>\na</reason><final>b</final>"])
+    assert made.decode_answer(ids) == "a</reason><final>b</final>"
+    usual = PromptEncoder(tokenizer(template, (*IM, *named), (), "<|im_end|>"))
+    assert not usual.special_tags and usual.answer_prefix == ""
 
 
 @pytest.mark.parametrize("which", [TAGS, TAGS[:2], TAGS[2:]])

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from skyrl.records import ConfigError
 from skyrl.schema import Settings, value_at
 from skyrl.settings import (
+    AnswerPlace,
     Config,
     GrpoFilter,
     Mismatch,
@@ -66,24 +67,28 @@ def test_defaults_are_valid() -> None:
 GATES = ("algorithm.mpo.threshold", "algorithm.gate")
 LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
     "a whole number, 1 or more": (
+        "reward.judge.tries reward.judge.parallel reward.judge.max_tokens "
         "rollout.num_workers reward.num_workers learner.num_workers rollout.prompts_per_step rollout.max_prompt_tokens "
         "rollout.max_new_tokens rollout.tensor_parallel_size rollout.max_num_seqs rollout.kv_cache_gib "
         "rollout.probe_prompts rollout.probe_new_tokens reward.model_batch reward.soft_penalty_tokens buffer.capacity "
-        "buffer.max_age digits.train_size data.eval_size learner.micro_batch_tokens controller.steps checkpoint.keep "
+        "buffer.max_age digits.train_size data.eval_size data.max_pixels learner.micro_batch_tokens "
+        "learner.lora.alpha "
+        "controller.steps checkpoint.keep monitoring.samples_kept "
         "digits.warm_start_steps digits.reward_body_steps digits.reward_steps algorithm.mpo.pairs_per_prompt "
-        "data.pairs_per_step hallucination.mask_patch "
+        "data.pairs_per_step evaluate.samples hallucination.mask_patch reward.verifier_processes "
         + " ".join(f"{gate}.{name}" for gate in GATES for name in ("every", "window", "min_labelled")),
         [1, 2.0],
         [0, -1, 1.5, "one", None, True],
     ),
     "a whole number, 0 or more": (
         "evaluation.every evaluation.gallery checkpoint.every learner.warmup_steps algorithm.mpo.reference_every "
-        "algorithm.mpo_steps hallucination.probe_prompts data.seed digits.model_seed controller.seed controller.lag "
-        "rollout.threads reward.threads learner.threads",
+        "algorithm.mpo_steps reward.judge.max_calls hallucination.probe_prompts data.seed "
+        "digits.model_seed controller.seed controller.lag "
+        "rollout.threads reward.threads learner.threads learner.lora.rank evaluate.report_answers",
         [0],
         [-1, 0.5, None, False],
     ),
-    "null, or a whole number, 1 or more": ("filter.rows cluster.num_cpus", [None, 1], [0, 1.5]),
+    "null, or a whole number, 1 or more": ("filter.rows cluster.num_cpus evaluate.limit", [None, 1], [0, 1.5]),
     "a whole number, 2 or more": ("rollout.samples_per_prompt", [2], [1, 0, 2.5]),
     "a whole number, 0 or more and at most 3": ("learner.zero_stage", [0, 1, 2, 3], [-1, 4, 0.5]),
     "a number, 0 or more": (
@@ -100,12 +105,16 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
         [-1e-9, math.nan, math.inf],
     ),
     "a number, above 0": (
-        "reward.verifier_timeout reward.squash_scale learner.lr algorithm.mpo.beta controller.timeout",
+        "reward.verifier_timeout reward.judge.timeout learner.lr algorithm.mpo.beta controller.timeout",
         [1e-9],
         [0, -1.0, math.nan, math.inf],
     ),
     "a number, above 0 (limit)": ("learner.max_grad_norm", [1e-9, math.inf], [0, -1.0, math.nan, -math.inf]),
-    "null, or a number, above 0": ("algorithm.mpo.reference_kl", [None, 1e-9], [0, math.nan, math.inf]),
+    "null, or a number, above 0": (
+        "algorithm.mpo.reference_kl reward.squash_scale",
+        [None, 1e-9],
+        [0, math.nan, math.inf],
+    ),
     "null, or a number, above 0 (limit)": ("rollout.logprob_gap_limit", [None, 1e-9, math.inf], [0, math.nan]),
     "a number, above 1": ("algorithm.grpo.mismatch_cap", [1.0000001, math.inf], [1, math.nan]),
     "null, or a number, above 1": ("algorithm.grpo.dual_clip", [None, 1.0000001], [1, math.nan, math.inf]),
@@ -135,6 +144,7 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
     "a number, 0 or more and below 0.5": ("algorithm.mpo.label_smoothing", [0, 0.4999999], [-1e-9, 0.5, math.nan]),
     # vLLM 0.32 refuses more than 2 and samples at 0.01 whatever is between that and 0.
     "a number, 0.01 or more and at most 2": ("rollout.temperature", [0.01, 2], [0, 0.0099, 2.0001, math.nan]),
+    "a number, 0 or more and at most 2": ("evaluate.temperature", [0, 0.01, 2], [-1e-9, 2.0001, math.nan]),
     "a number": (
         "algorithm.mpo.threshold.value algorithm.gate.value hallucination.gate_score",
         [-1e9, 0, 1e9],
@@ -147,7 +157,7 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
     ),
     "one of float32, bfloat16, float16": ("model.dtype", ["float32", "bfloat16"], ["int8", "", None]),
     "one of cpu, cuda": ("rollout.device learner.device reward.device", ["cpu"], ["tpu", "", None]),
-    "one of digits, parquet or package.module:Name": (
+    "one of digits, files or package.module:Name": (
         "data.source",
         ["digits", "mine:prompts"],
         ["csv", "", "mine:", None],
@@ -157,7 +167,24 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
         [["sum"], ["max", "row_difference"]],
         [[], ["product"], ["sum", "product"], "sum"],
     ),
+    "null, or a regular expression": ("reward.answer.pattern", [None], ["(never closed", False]),
+    "null, or one of required, optional, none": ("reward.answer.think", [None, "none"], ["no", False, ""]),
+    "a name without spaces, slashes, < and >": (
+        "reward.answer.think_tag reward.answer.answer_tag",
+        ["reason", "seed:think", "考え"],
+        ["", "<a>", "a b", "/a", None],
+    ),
+    "null, or one of tags, boxed, hashes, last_number, regex, whole": (
+        "evaluate.place",
+        [None, "boxed", "whole"],
+        ["box", False, ""],
+    ),
     "a list, each a regular expression": ("hallucination.phrases", [[], ["a|b"]], [["(never closed"], "a", [None]]),
+    "a list, each text": (
+        "evaluate.tasks reward.verifier_environment learner.lora.targets",
+        [[], ["gsm8k", "mmmu:/data"]],
+        ["gsm8k", None, [None]],
+    ),
     "a list, each a mapping": (
         "algorithm.terms",
         [[], [{"path": "a.b:C"}], [{"path": "a:C", "weight": 0, "settings": {"x": [1]}}]],
@@ -179,15 +206,28 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
         ["digits", "a..b", ".hidden", "übung 3", 2026],
         ["", ".", "..", "../../x", "/x", "a/b", "a\\b", "a\nb", "a\x1b[31m", "a\u202eb", None, False],
     ),
-    "text": ("run_dir resume model.policy filter.output monitoring.wandb_project", [], [None, False, []]),
+    "text": (
+        "run_dir resume model.policy filter.output monitoring.wandb_project reward.judge.model reward.judge.template",
+        [],
+        [None, False, []],
+    ),
     "null, or text": (
-        "model.reward digits.cache_dir data.train_path data.eval_path data.pool_path data.pairs_path cluster.address",
+        "model.reward digits.cache_dir data.system_prompt data.suffix data.picture_root data.pool_path "
+        "data.pairs_path cluster.address "
+        "reward.verifier reward.judge.url reward.judge.api_key_env evaluate.data_dir evaluate.output",
         [None],
         [False, []],
     ),
+    "null, or text or a list of one or more, each text": (
+        "data.train_path data.eval_path",
+        [None, "a", ["a", "b"]],
+        [False, [], [None]],
+    ),
+    "null, or a list, each a number, above 0": ("data.weights", [None, [1, 0.5]], [[0], [-1], 1, [math.inf]]),
     "true or false": (
         "buffer.enabled buffer.importance_correction algorithm.mpo.reference_free learner.gradient_checkpointing "
-        "checkpoint.export cluster.dashboard cluster.spread monitoring.console monitoring.ray_metrics",
+        "checkpoint.export cluster.dashboard cluster.spread monitoring.console monitoring.ray_metrics "
+        "monitoring.tensorboard model.trust_remote_code",
         [True, False],
         ["maybe", 2, None],
     ),
@@ -338,8 +378,8 @@ def own_policy(cfg: Config) -> None:
     cfg.model.policy = "/"
 
 
-def parquet(cfg: Config) -> None:
-    cfg.data.source = "parquet"
+def files(cfg: Config) -> None:
+    cfg.data.source = "files"
 
 
 def too_long(cfg: Config) -> None:
@@ -418,6 +458,22 @@ def unsure_risk(cfg: Config) -> None:
 
 def bold_risk(cfg: Config) -> None:
     cfg.algorithm.gate.kind, cfg.algorithm.gate.target_risk = ThresholdKind.risk_controlled, 0.51
+
+
+def default_verifier_that_is_unknown(cfg: Config) -> None:
+    cfg.reward.verifier = "mine"
+
+
+def pattern_without_its_place(cfg: Config) -> None:
+    cfg.reward.answer.pattern = "a"
+
+
+def place_without_its_pattern(cfg: Config) -> None:
+    cfg.reward.answer.at = AnswerPlace.regex
+
+
+def one_name_for_two_tags(cfg: Config) -> None:
+    cfg.reward.answer.think_tag = "answer"
 
 
 def own_verifier_of_a_taken_name(cfg: Config) -> None:
@@ -502,7 +558,7 @@ def pairs_ahead_of_time(cfg: Config) -> None:
         (ipc_with_uneven_workers, ["rollout.weight_sync=ipc", "rollout.num_workers=2", "learner.num_workers=1"]),
         (ipc_across_gpus, ["rollout.weight_sync=ipc", "rollout.tensor_parallel_size=2", "or use nccl"]),
         (ipc_without_room, ["rollout.gpu_memory_utilization=0.85", "rollout.weight_sync=ipc", "at most 0.6"]),
-        (own_data_not_read, ["data.eval_path=x.parquet", "data.source=digits", "say data=parquet"]),
+        (own_data_not_read, ["data.eval_path=x.parquet", "data.source=digits", "say data=files"]),
         (pairs_without_reward_model, ["model.reward=null", "algorithm.mpo.weight=0.5", "algorithm.mpo.pairs=rule"]),
         (weight_without_reward_model, ["model.reward=null", "reward.model_weight=0.5", "set model_weight=0"]),
         (ties_without_reward_model, ["model.reward=null", "algorithm.grpo.filter=all", "use filter=effective"]),
@@ -539,6 +595,10 @@ def pairs_ahead_of_time(cfg: Config) -> None:
         (bold_risk, ["algorithm.gate.target_risk=0.51", "algorithm.gate.kind=risk_controlled", "0.5 or less"]),
         (own_verifier_of_a_taken_name, ["reward.verifiers", "math: the name of a built-in verifier"]),
         (own_verifier_with_a_colon, ["reward.verifiers", "'a:b': must be a name without a colon"]),
+        (default_verifier_that_is_unknown, ["reward.verifier=mine", "the first must be null or one of exact, numeric"]),
+        (pattern_without_its_place, ["reward.answer.pattern=a", "reward.answer.at=tags", "at=regex needs a pattern"]),
+        (place_without_its_pattern, ["reward.answer.pattern=null", "reward.answer.at=regex", "needs a pattern"]),
+        (one_name_for_two_tags, ["reward.answer.think_tag=answer", "reward.answer.answer_tag=answer", "two names"]),
         # Two walks with 0.05 each: 0.9^28 = 0.0523 > 0.05 >= 0.9^29
         (too_few_to_show_the_risk, ["algorithm.gate.min_labelled=28", "algorithm.gate.target_risk=0.1", "29 or more"]),
         (shared_memory_on_gpus, ["rollout.weight_sync=shm", "rollout.device=cuda", "nccl"]),
@@ -562,25 +622,31 @@ def test_impossible_combinations(change: Callable[[Config], None], keys: list[st
     [
         ("resume", "/no/such/folder", "must be no, auto, or the folder of a checkpoint"),
         ("resume", "", "must be no, auto, or the folder of a checkpoint"),
-        ("model.policy", "/no/such/folder", "must be digits or a Hugging Face folder"),
-        ("model.policy", "", "must be digits or a Hugging Face folder"),
-        ("model.reward", "/no/such/folder", "must be digits, null or a folder"),
-        ("model.reward", "org/name", "names of the Hugging Face hub are not looked up"),
-        ("model.reward", "", "must be digits, null or a folder"),
+        ("model.policy", "/no/such/folder", "must be digits, a Hugging Face folder or a name of the hub, owner/name"),
+        ("model.policy", "no/such/folder", "must be digits, a Hugging Face folder or a name of the hub"),
+        ("model.policy", "", "must be digits, a Hugging Face folder or a name of the hub"),
+        (
+            "model.reward",
+            "/no/such/folder",
+            "must be digits, null, an address http://…, a Hugging Face folder or a name",
+        ),
+        ("model.reward", "", "must be digits, null, an address http://…, a Hugging Face folder or a name of the hub"),
     ],
 )
 def test_folders_must_exist(key: str, value: str, words: str) -> None:
+    """A name of the hub is looked up when the run starts."""
     found = problems(put(Config(), key, value))
     assert any(line.startswith(f"{key}={value}: ") and words in line for line in found), found
     assert problems(put(Config(), "resume", "/")) == problems(put(Config(), "resume", "auto")) == []
 
 
-def test_parquet_needs_both_files(tmp_path: Path) -> None:
+def test_data_of_files_need_both(tmp_path: Path) -> None:
     cfg = Config()
-    parquet(cfg)
+    files(cfg)
     assert problems(cfg) == [
-        "data.train_path=null with data.source=parquet: must be a Parquet file; no such file exists",
-        "data.eval_path=null with data.source=parquet: must be a Parquet file; no such file exists",
+        f"data.{split}_path=null with data.source=files: must be a file or folder, or a list of those; "
+        "no such file exists"
+        for split in ("train", "eval")
     ]
     file = tmp_path / "rows.parquet"
     file.touch()

@@ -44,11 +44,12 @@ CODE = {
     "train_reward_model warm_start",
     "objective/reductions.py": "_rows_logprobs token_logprobs",
     "policy/chat.py": "ChatTemplate.__init__ ChatTemplate._render ChatTemplate._try ChatTemplate._writes "
-    "ChatTemplate.prompt _message",
-    "policy/encode.py": "PromptEncoder.__init__ PromptEncoder._encoded PromptEncoder._ids PromptEncoder._turn_end "
+    "ChatTemplate._form ChatTemplate.prompt _message _wrote",
+    "policy/encode.py": "PromptEncoder.__init__ PromptEncoder._ids PromptEncoder._turn_end "
     "PromptEncoder.answer_ids PromptEncoder.chat_text PromptEncoder.check_question PromptEncoder.collate "
-    "PromptEncoder.encode PromptEncoder.ended PromptEncoder.forbidden_token_ids PromptEncoder.text_ids TAGS _join",
-    "records.py": "Prompt.key",
+    "PromptEncoder.encode PromptEncoder.encode_anew "
+    "PromptEncoder.ended PromptEncoder.forbidden_token_ids PromptEncoder.text_ids TAGS _join",
+    "records.py": "Prompt.conversation Prompt.key",
     "rewards/reward_model.py": "RewardModel.__init__ RewardModel._likelihoods RewardModel.features "
     "RewardModel.forward RewardModel.judge RewardModel.save RewardModel.states",
 }

@@ -46,7 +46,7 @@ def digits_problems(cfg: Config) -> Iterator[Problem]:
             yield "rollout.prompts_per_step digits.train_size", "a step must not ask for more scenes than there are"
         for key, path in (("data.train_path", data.train_path), ("data.eval_path", data.eval_path)):
             if path is not None:
-                yield f"{key} data.source", "it would not be read; say data=parquet"
+                yield f"{key} data.source", "it would not be read; say data=files"
     if cfg.model.policy == "digits" and rollout.max_prompt_tokens + rollout.max_new_tokens > MAX_POSITIONS:
         most = f"their sum must be at most {MAX_POSITIONS}, the positions of the embedded policy"
         yield "rollout.max_prompt_tokens rollout.max_new_tokens", most

@@ -8,6 +8,7 @@ the defaults, into one :class:`Config`.
 from skyrl.digits.settings import *
 from skyrl.settings.algorithm import *
 from skyrl.settings.buffer import *
+from skyrl.settings.evaluate import *
 from skyrl.settings.run import *
 from skyrl.settings.system import *
 from skyrl.settings.thresholds import *

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Collection
 from enum import Enum
 from itertools import chain
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError
 
 from skyrl.digits.settings import DigitsConfig, digits_problems
 from skyrl.records import ConfigError
-from skyrl.schema import Count, Setting, Settings, Share, field_problems, settings_of, shown, value_at
+from skyrl.schema import Count, Pattern, Setting, Settings, Share, field_problems, settings_of, shown, value_at
 from skyrl.settings.algorithm import AlgorithmConfig, algorithm_problems
 from skyrl.settings.buffer import BufferConfig, buffer_problems
+from skyrl.settings.evaluate import EvaluateConfig, evaluate_problems
 from skyrl.settings.system import DataConfig, LearnerConfig, ModelConfig, RewardConfig, RolloutConfig, system_problems
 
 NAME = r"^[^/\\\p{C}]*[^/\\\p{C}.][^/\\\p{C}]*$"
 NAME_WORDS = "a name of a folder: not empty, without slashes, backslashes and control characters, not . or .."
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(str(error)) from error
-    return text
-
-
-Pattern = Annotated[str, AfterValidator(_pattern), Field(json_schema_extra={"allowed": "a regular expression"})]
 
 
 class WandbMode(Enum):
@@ -39,6 +28,13 @@ class WandbMode(Enum):
     online = "online"
     offline = "offline"
     off = "off"
+
+
+class KeptSamples(Enum):
+    off = "off"
+    last = "last"
+    """Those of the last ``samples_kept`` steps, of as many evaluations, and of the evaluation before training."""
+    all = "all"
 
 
 class EvaluationConfig(Settings):
@@ -121,6 +117,13 @@ class MonitoringConfig(Settings):
     """Its project, so that those of one team can be told apart."""
     ray_metrics: bool = True
     """Gauges for the Ray dashboard and Prometheus."""
+    tensorboard: bool = False
+    """Event files for TensorBoard in the run's folder, by the package ``tensorboardX``."""
+    samples: KeptSamples = KeptSamples.last
+    """Which samples are kept in the run's folder, each with its text, rewards and advantage, for
+    ``python -m skyrl.show`` (docs/monitoring.md). About as many bytes as their texts have after compression."""
+    samples_kept: Count = 20
+    """Steps, and evaluations, whose samples are kept with ``samples=last``: so the disk does not fill up."""
 
 
 class Config(Settings):
@@ -143,6 +146,7 @@ class Config(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     hallucination: HallucinationConfig = HallucinationConfig()
     filter: FilterConfig = FilterConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     controller: ControllerConfig = ControllerConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -173,7 +177,10 @@ def checked(data: dict[str, Any], with_learner: bool = True) -> Config:
         wrong = field_problems(error, data, all_settings())
         cfg = Config.model_validate(_merged(defaults, data, wrong))  # to see what else is wrong
     values, found = cfg.model_dump(), list(wrong.values())
-    groups = system_problems(cfg, with_learner), buffer_problems(cfg), algorithm_problems(cfg), digits_problems(cfg)
+    groups = (
+        *(system_problems(cfg, with_learner), buffer_problems(cfg), algorithm_problems(cfg), digits_problems(cfg)),
+        evaluate_problems(cfg),
+    )
     for keys, sentence in chain(*groups):
         if not wrong.keys() & set(keys.split()):
             given = " with ".join(f"{key}={shown(value_at(values, key))}" for key in keys.split())

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from skyrl.schema import Count, DottedPath, Limit, Problem, Settings, Share, ShareBelowOne
+from skyrl.records import ConfigError
+from skyrl.schema import Count, DottedPath, Limit, Pattern, Problem, Settings, Share, ShareBelowOne
+from skyrl.settings.judge import JudgeConfig, judge_problems
+from skyrl.settings.reward_model import is_endpoint, reward_layout
 
 if TYPE_CHECKING:
     from skyrl.settings.run import Config
 
 SHARED_GPU_LIMIT = 0.6
-BUILTIN_VERIFIERS = ("exact", "numeric", "math", "choice")
+TagName = Annotated[
+    str, Field(pattern=r"^[^\s<>/]+$", json_schema_extra={"allowed": "a name without spaces, slashes, < and >"})
+]
+HomePath = Annotated[str, AfterValidator(lambda path: str(Path(path).expanduser()) if path.startswith("~") else path)]
+"""``~`` means the home folder."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""How a model of the Hugging Face hub is named: owner/name."""
+BUILTIN_VERIFIERS = ("exact", "numeric", "math", "choice", "code", "ifeval", "judge")
 
 
 class Squash(Enum):
@@ -58,24 +69,90 @@ class Truncated(Enum):
     ``max_new_tokens − soft_penalty_tokens``, then evenly up to 1."""
 
 
+class AnswerPlace(Enum):
+    tags = "tags"
+    """Between the last pair of answer tags."""
+    boxed = "boxed"
+    r"""In the last ``\boxed{…}`` whose braces balance."""
+    hashes = "hashes"
+    """Behind the last ``####``, to the end of the line (GSM8K)."""
+    last_number = "last_number"
+    """The last number, whatever it is used for there."""
+    regex = "regex"
+    """Group 1 of the last match of ``pattern``, or the whole match if it has no group."""
+    whole = "whole"
+    """All of it."""
+
+
+class Think(Enum):
+    required = "required"
+    """One ``<think>…</think>`` stands at the beginning."""
+    optional = "optional"
+    """One at the beginning, or none at all."""
+    none = "none"
+    """The policy does not think in tags; they mean nothing."""
+
+
 class ModelConfig(Settings):
-    policy: str = "digits"
-    """``digits`` builds the embedded default and caches it; anything else is a Hugging Face folder."""
-    reward: str | None = "digits"
-    """``digits``, a folder written by ``RewardModel.save``, or null for no reward model."""
+    policy: HomePath = "digits"
+    """``digits`` builds the embedded default and caches it; else a Hugging Face folder, or a name of the hub,
+    ``owner/name``, which is downloaded by the process that starts the run."""
+    reward: HomePath | None = "digits"
+    """``digits``, a folder, a name of the hub or an address (docs/models.md), or null for no reward model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """On CPU use float32: rollout and learner agree best then."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the model's chat template, such as ``enable_thinking: false``."""
+    trust_remote_code: bool = False
+    """Run the Python files that the policy's folder may hold, here and in vLLM. Read them first."""
+
+
+class Layout(Enum):
+    auto = "auto"
+    """By the names of the columns."""
+    skyrl = "skyrl"
+    """``question`` or ``messages``, ``answer``, ``verifier``, …"""
+    verl = "verl"
+    """verl's and EasyR1's: ``prompt`` as messages and ``reward_model.ground_truth``, or ``problem`` and ``answer``."""
+    trl = "trl"
+    """TRL's: ``prompt`` as text or messages, and any other columns."""
+    swift = "swift"
+    """ms-swift's: ``messages`` and ``solution``."""
+
+
+class Overlong(Enum):
+    error = "error"
+    """The run does not begin; the message names the rows."""
+    drop = "drop"
+    """They are left out and counted."""
+    cut = "cut"
+    """The beginning of the last user's turn is cut off, as much as needed; what stands at its end stays."""
 
 
 class DataConfig(Settings):
-    source: Literal["digits", "parquet"] | DottedPath = "digits"
+    source: Literal["digits", "files"] | DottedPath = "digits"
     """Generated scenes, or files of your own."""
-    train_path: str | None = None
-    """Parquet file of training prompts; see docs/data.md for its columns."""
-    eval_path: str | None = None
-    """Parquet file of evaluation prompts."""
+    train_path: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Training prompts: a Parquet, JSONL or JSON file, the folder of a ``datasets`` data set, or a list of those, which
+    are mixed; see docs/data.md."""
+    eval_path: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Evaluation prompts, likewise."""
+    layout: Layout = Layout.auto
+    """What the columns of the files mean."""
+    weights: list[PositiveFloat] | None = None
+    """Share of each file of ``train_path`` in every step, any scale; null means by their numbers of rows."""
+    system_prompt: str | None = None
+    """System turn of the prompts of files that have none."""
+    suffix: str | None = None
+    """Text put behind the last user's turn of every prompt of a file, after a line break: the form of the answer, say.
+    """
+    picture_root: str | None = None
+    """Folder of the pictures that files name by path; null means each file's own folder."""
+    max_pixels: Count = 50_000_000
+    """Most pixels of one picture (width × height); looked at before it is decoded."""
+    overlong: Overlong = Overlong.error
+    """What happens to prompts of files that are longer than ``rollout.max_prompt_tokens``; all are measured before the
+    first step."""
     eval_size: Count = 512
     """Held-out prompts evaluated each time."""
     seed: NonNegativeInt = 0
@@ -120,7 +197,7 @@ class RolloutConfig(WorkerConfig):
     """Nucleus sampling. Below 1 the recorded log-probabilities are those of the cut distribution, so the ratio to the
     learner starts between ``top_p`` and 1, and δ of MPO takes a forward pass of its own."""
     max_prompt_tokens: Count = 96
-    """Longest prompt, pictures' placeholders included; a longer one is an error."""
+    """Longest prompt, pictures' placeholders included; ``data.overlong`` says what happens to a longer one."""
     max_new_tokens: Count = 64
     """Longest answer; ``reward.truncated`` says what happens to one that reaches it."""
     tensor_parallel_size: Count = 1
@@ -138,33 +215,81 @@ class RolloutConfig(WorkerConfig):
     probe_new_tokens: Count = 8
     """Tokens sampled for each of them."""
     logprob_gap_limit: Limit | None = None
-    """Limit of the largest |log π_rollout − log π_learner| on the probe, of the mean in 16 bits on CUDA. null means
-    1e-4 in float32, 0.1 in 16 bits, 0.05 for that mean; infinity turns it off."""
+    """Limit of the largest and of the mean |log π_rollout − log π_learner| on the probe. null measures both where the
+    gap is above 1e-4: 3 and 2 times what rounding errors do to the learner. Infinity turns it off."""
+
+
+class AnswerConfig(Settings):
+    """Where in the policy's text the answer stands that verifiers compare (docs/verifiers.md)."""
+
+    at: AnswerPlace = AnswerPlace.tags
+    """Everywhere but with ``tags`` it is looked for behind the reasoning: what is named inside is no answer."""
+    pattern: Pattern | None = None
+    """With ``at=regex``: the regular expression. ``.`` does not match a line break; ``(?s)`` in front changes that."""
+    think: Think | None = None
+    """Reasoning that the format reward asks for. null means ``required`` with ``at=tags``, else ``optional``."""
+    think_tag: TagName = "think"
+    """Name of the tags round the reasoning."""
+    answer_tag: TagName = "answer"
+    """Name of the tags round the answer."""
+
+    @property
+    def thinks(self) -> Think:
+        """``think``, also where it is null."""
+        return self.think or (Think.required if self.at is AnswerPlace.tags else Think.optional)
+
+    @property
+    def tags(self) -> tuple[str, str, str, str]:
+        """Those that open and close the reasoning, and those of the answer."""
+        think, answer = self.think_tag, self.answer_tag
+        return f"<{think}>", f"</{think}>", f"<{answer}>", f"</{answer}>"
 
 
 class RewardConfig(WorkerConfig):
     """Each worker holds the verifiers and a copy of the reward model."""
 
+    answer: AnswerConfig = AnswerConfig()
+    judge: JudgeConfig = JudgeConfig()
     model_weight: NonNegativeFloat = 1.0
     """w in r = r_rule + w·squash(r_θ) + w_f·r_format."""
     format_weight: NonNegativeFloat = 0.1
     """w_f."""
     squash: Squash = Squash.sigmoid
     """What is done to the reward model's raw score before it is added to the rule reward."""
-    squash_scale: PositiveFloat = 0.5
-    """Divides the raw score inside the squashing function."""
+    squash_scale: PositiveFloat | None = 0.5
+    """Divides the raw score inside ``sigmoid`` and ``tanh``. null fits it, and a centre that is subtracted, to the
+    interquartile range and the median of the first evaluation's scores; a resumed run keeps them."""
     truncated: Truncated = Truncated.train
     """What happens to an answer that the length limit ended."""
     soft_penalty_tokens: Count = 16
     """Width of the stretch before the limit in which ``soft_penalty`` acts (DAPO's L_cache), tokens."""
     verifiers: dict[str, DottedPath] = Field(default_factory=dict)
-    """Verifiers of your own, by the name that data give them: ``{close: "my_verifiers:close_enough"}``."""
+    """Verifiers of your own, and reward functions of TRL and verl, by the name that data give them: ``{close:
+    "my_verifiers:close_enough"}``. Data can't name code."""
+    verifier: str | None = None
+    """Verifier of the rows that name none: a built-in one, or a name of ``verifiers``."""
     verifier_timeout: PositiveFloat = 5.0
-    """Seconds that one verifier call may take before it is killed."""
+    """Seconds that one verifier call may take before it is killed; of a TRL function, one call judges a whole group."""
+    verifier_processes: Count = 4
+    """Most processes in which a reward worker runs verifiers side by side. They start when there is work for them."""
+    verifier_environment: list[str] = Field(default_factory=list)
+    """Environment variables that those processes get besides the few that Python needs, by name: a key that a function
+    of yours needs, say. They get no others."""
     numeric_tolerance: NonNegativeFloat = 1e-6
-    """Relative and absolute tolerance of the ``numeric`` verifier."""
+    """Relative tolerance of the ``numeric`` verifier: nothing but 0 is right for 0."""
     model_batch: Count = 64
     """Samples that the reward model scores in one forward pass; also the most prompts that it reads in one."""
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (peft) instead of whole weights, in the modules that ``learner.trainable`` names."""
+
+    rank: NonNegativeInt = 0
+    """r, columns of each factor; 0 trains the weights themselves."""
+    alpha: Count = 32
+    """α: the change of a weight is α/r · B·A."""
+    targets: list[str] = Field(default_factory=list)
+    """Last names of the linear layers that get factors, such as ``q_proj``; none means all but the output layer."""
 
 
 class LearnerConfig(WorkerConfig):
@@ -175,6 +300,7 @@ class LearnerConfig(WorkerConfig):
     the parameters."""
     trainable: Trainable = Trainable.all
     """Modules that are trained (the paper's Table 4)."""
+    lora: LoraConfig = LoraConfig()
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW. The default suits the embedded policy of a million parameters; a model of your own
     wants about 1e-6, which ``model=huggingface`` sets."""
@@ -211,11 +337,17 @@ def system_problems(cfg: Config, with_learner: bool) -> Iterator[Problem]:
 
 def _folders(cfg: Config) -> Iterator[Problem]:
     policy, reward, resume = cfg.model.policy, cfg.model.reward, cfg.resume
-    mend = "; no such folder exists (write its whole path: ~ and names of the Hugging Face hub are not looked up)"
-    if policy != "digits" and not (policy and Path(policy).is_dir()):  # Path("") is the working folder
-        yield "model.policy", f"must be digits or a Hugging Face folder{mend}"
-    if reward not in (None, "digits") and not (reward and Path(reward).is_dir()):
-        yield "model.reward", f"must be digits, null or a folder{mend}"
+    mend = "a Hugging Face folder or a name of the hub, owner/name; no such folder exists"
+    if policy != "digits" and not (policy and (Path(policy).is_dir() or HUB_NAME.fullmatch(policy))):  # Path("") is .
+        yield "model.policy", f"must be digits, {mend}"
+    on_hub = reward is not None and HUB_NAME.fullmatch(reward) is not None and not Path(reward).is_dir()
+    if reward not in (None, "digits") and not (reward and (is_endpoint(reward) or Path(reward).is_dir() or on_hub)):
+        yield "model.reward", f"must be digits, null, an address http://…, {mend}"
+    elif reward not in (None, "digits") and not on_hub:
+        try:
+            reward_layout(str(reward))
+        except ConfigError as error:
+            yield "model.reward", str(error)
     if resume not in ("no", "auto") and not (resume and Path(resume).is_dir()):
         yield "resume", "must be no, auto, or the folder of a checkpoint; no such folder exists"
 
@@ -226,16 +358,39 @@ def _files(cfg: Config) -> Iterator[Problem]:
         yield "data.pool_path", "no such file exists; python -m skyrl.filter_prompts writes one"
     if not data.pool_min < data.pool_max:
         yield "data.pool_min data.pool_max", "the first must be below the second"
-    for key, path in (("data.train_path", data.train_path), ("data.eval_path", data.eval_path)):
-        if data.source == "parquet" and not (path and Path(path).is_file()):
-            yield f"{key} data.source", "must be a Parquet file; no such file exists"
+    for key, given in (("data.train_path", data.train_path), ("data.eval_path", data.eval_path)):
+        missing = [path for path in paths_of(given) or [""] if not (path and Path(path).exists())]
+        if data.source == "files" and missing:
+            which = f" ({missing[0]})" if isinstance(given, list) else ""
+            yield f"{key} data.source", f"must be a file or folder, or a list of those; no such file exists{which}"
+    files = paths_of(data.train_path)
+    if data.weights is not None and len(data.weights) != len(files):
+        yield "data.weights data.train_path", f"there must be one weight for each of the {len(files)} file(s)"
+    for key in ("system_prompt", "suffix"):
+        if data.source != "files" and getattr(data, key) is not None:
+            yield f"data.{key} data.source", "only prompts of files get it; say data=files"
+    if data.picture_root is not None and not Path(data.picture_root).is_dir():
+        yield "data.picture_root", "no such folder exists"
+
+
+def paths_of(given: str | list[str] | None) -> list[str]:
+    """The files that ``data.train_path`` or ``data.eval_path`` names."""
+    return [given] if isinstance(given, str) else given or []
 
 
 def _verifiers(cfg: Config) -> Iterator[Problem]:
     if taken := sorted(set(cfg.reward.verifiers) & set(BUILTIN_VERIFIERS)):
         yield "reward.verifiers", f"{', '.join(taken)}: the name of a built-in verifier; give yours another one"
-    if broken := sorted(name for name in cfg.reward.verifiers if ":" in name or not name.strip()):
-        yield "reward.verifiers", f"{', '.join(map(repr, broken))}: must be a name without a colon"
+    if broken := sorted(name for name in cfg.reward.verifiers if {*":/#"} & {*name} or not name.strip()):
+        yield "reward.verifiers", f"{', '.join(map(repr, broken))}: must be a name without a colon, slash or #"
+    yield from judge_problems(cfg.reward.judge)
+    known, answer = [*BUILTIN_VERIFIERS, *cfg.reward.verifiers], cfg.reward.answer
+    if cfg.reward.verifier is not None and cfg.reward.verifier not in known:
+        yield "reward.verifier reward.verifiers", f"the first must be null or one of {', '.join(known)}"
+    if (answer.at is AnswerPlace.regex) != (answer.pattern is not None):
+        yield "reward.answer.pattern reward.answer.at", "at=regex needs a pattern, the others take none"
+    if answer.think_tag == answer.answer_tag:
+        yield "reward.answer.think_tag reward.answer.answer_tag", "must be two names"
 
 
 def _devices(cfg: Config, with_learner: bool) -> Iterator[Problem]:
