@@ -267,7 +267,7 @@ def test_an_empty_batch_trains_nothing(results: Any, world_size: int, stage: int
 def test_not_finite_stops_every_rank_and_spares_the_policy(results: Any, world_size: int, stage: int) -> None:
     for rank in range(world_size):
         loss, gradient, delta = results[world_size, rank]["not_finite", stage]
-        assert loss.startswith("step 7: the loss is nan")
+        assert loss.startswith("step 7: loss/grpo is nan")
         assert gradient.startswith("step 7: the gradient norm is")
         assert delta.startswith("step 7: the mean implicit reward is nan")
 
