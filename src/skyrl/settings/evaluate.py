@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, NonNegativeInt
 
 from skyrl.schema import Count, Problem, Settings
-from skyrl.settings.system import AnswerPlace
+from skyrl.settings.reward import AnswerPlace
 
 if TYPE_CHECKING:
     from skyrl.settings.run import Config

@@ -16,7 +16,8 @@ from skyrl.schema import Count, Pattern, Setting, Settings, Share, field_problem
 from skyrl.settings.algorithm import AlgorithmConfig, algorithm_problems
 from skyrl.settings.buffer import BufferConfig, buffer_problems
 from skyrl.settings.evaluate import EvaluateConfig, evaluate_problems
-from skyrl.settings.system import DataConfig, LearnerConfig, ModelConfig, RewardConfig, RolloutConfig, system_problems
+from skyrl.settings.reward import RewardConfig, reward_problems
+from skyrl.settings.system import DataConfig, LearnerConfig, ModelConfig, RolloutConfig, system_problems
 
 NAME = r"^[^/\\\p{C}]*[^/\\\p{C}.][^/\\\p{C}]*$"
 NAME_WORDS = "a name of a folder: not empty, without slashes, backslashes and control characters, not . or .."
@@ -178,8 +179,8 @@ def checked(data: dict[str, Any], with_learner: bool = True) -> Config:
         cfg = Config.model_validate(_merged(defaults, data, wrong))  # to see what else is wrong
     values, found = cfg.model_dump(), list(wrong.values())
     groups = (
-        *(system_problems(cfg, with_learner), buffer_problems(cfg), algorithm_problems(cfg), digits_problems(cfg)),
-        evaluate_problems(cfg),
+        *(system_problems(cfg, with_learner), reward_problems(cfg), buffer_problems(cfg), algorithm_problems(cfg)),
+        *(digits_problems(cfg), evaluate_problems(cfg)),
     )
     for keys, sentence in chain(*groups):
         if not wrong.keys() & set(keys.split()):

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from skyrl.records import DataError
-from skyrl.settings.system import BUILTIN_VERIFIERS
+from skyrl.settings.reward import BUILTIN_VERIFIERS
 
 Verifier = Callable[[str, str], float]
 
