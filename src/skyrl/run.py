@@ -14,6 +14,7 @@ from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, held, ne
 from skyrl.checks.all import cheap_checks
 from skyrl.crew.crew import Executor
 from skyrl.crew.ray_executor import ray_session
+from skyrl.data.datasets import check_size
 from skyrl.data.stream import prompt_stream
 from skyrl.learner import files
 from skyrl.loop import Loop
@@ -33,7 +34,6 @@ from skyrl.monitoring.sinks import (
 )
 from skyrl.monitoring.summary import print_summary, write_summary
 from skyrl.policy.hub import model_folder
-from skyrl.records import DataError
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, WandbMode
 from skyrl.settings.reward_model import is_endpoint
@@ -94,8 +94,6 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
     checked = cheap_checks(cfg, policy)
     if cfg.model.policy not in BUILT:
         checked.encoder  # noqa: B018 -- its processor may want files or packages that are not here
-    if rows is None:
-        check_size(len(checked.datasets["train"]), cfg)
     with ExitStack() as stack:
         if executor is None:
             dashboard = stack.enter_context(ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}"))
@@ -160,21 +158,6 @@ def fitting(cfg: Config, system: System, rows: Sequence[int] | None, console: Co
         return rows
     found = fitting_rows(cfg, system, "train", range(sizes["train"]) if rows is None else rows, console)
     return rows if rows is None and len(found) == sizes["train"] else found
-
-
-def check_size(size: int, cfg: Config) -> None:
-    """A prompt that comes twice in a step would get the same answers twice: sampling is seeded by prompt and step.
-
-    Raises:
-        DataError: if there are fewer training prompts than a step asks.
-    """
-    wanted = cfg.rollout.prompts_per_step
-    if size < wanted and cfg.data.pairs_path is None:
-        mend = ", or widen data.pool_min … data.pool_max" if cfg.data.pool_path else ""
-        raise DataError(
-            f"there are {size} training prompts, but rollout.prompts_per_step={wanted}: a step would ask some of them "
-            f"twice; lower it to {size} or less{mend}"
-        )
 
 
 def with_absolute_paths(cfg: Config) -> Config:

@@ -46,6 +46,41 @@ def broken(tmp_path: Path) -> Path:
     )
 
 
+def refused(*words: Any) -> tuple[str, str]:
+    """What was printed, and the error."""
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(DataError) as caught:
+        run([str(word) for word in words], console)
+    return console.file.getvalue(), str(caught.value)  # type: ignore[attr-defined]
+
+
+def test_validate_sees_what_no_single_row_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (lines(tmp_path / f"{name}.jsonl", GOOD | {"verifier": "mine"}) for name in "ab")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_rewards.py").write_text("def mine(answer, truth):\n    return 1.0\n")
+    good, gone = (f'reward.verifiers={{mine: "own_rewards:{name}"}}' for name in ("mine", "other"))
+    assert "a.jsonl: 1 prompts of the layout skyrl, no errors\n" in said("validate", first, good)
+    output = tmp_path / "found.json"
+    text, error = refused("validate", first, second, gone, "--output", output)
+    assert f"1 id(s) stand both in {first} and in {second}, first 'a'" in text
+    assert "'own_rewards:other'" in text and error == "2 problem(s) that no single row shows"
+    assert [one["file"] for one in json.loads(output.read_text())] == [None, None]
+
+
+def test_a_prompt_that_is_too_long_is_no_columns_fault(tmp_path: Path) -> None:
+    model = tmp_path / "policy"
+    random_model().save_pretrained(model)
+    processor().save_pretrained(model)
+    path = lines(tmp_path / "long.jsonl", GOOD | {"question": "x" * 500})
+    text, _ = refused("validate", path, f"model.policy={model}", "rollout.max_prompt_tokens=9")
+    assert text.startswith(f"{path}, row 0: the prompt has ") and "allows 9" in text
+
+
+def test_convert_writes_parquet_only(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--output .*x\.json: must end with \.parquet"):
+        said("convert", lines(tmp_path / "a.jsonl", GOOD), "--output", tmp_path / "x.json")
+
+
 def test_validate_names_every_bad_row(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     path, console = broken(tmp_path), Console(file=io.StringIO(), width=200)

@@ -76,6 +76,7 @@ def test_findings_and_the_error_of_a_cheap_check(monkeypatch: pytest.MonkeyPatch
         Check("none", skips, "r1", cheap=True),
         Check("bad", fails, "mend it", cheap=True),
         Check("worse", breaks, "see there"),
+        Check("after", lambda _: "never looked at", "r5", needs="bad"),
     ]
     found = list(run_checks(subject(), checks))
     assert [replace(one, seconds=0.0) for one in found] == [
@@ -83,6 +84,7 @@ def test_findings_and_the_error_of_a_cheap_check(monkeypatch: pytest.MonkeyPatch
         doctor.Finding("none", "skip", "not here"),
         doctor.Finding("bad", "fail", "row 3 is broken", "mend it"),
         doctor.Finding("worse", "fail", "KeyError: 'x'", "see there"),
+        doctor.Finding("after", "skip", "needs the check 'bad', which failed"),
     ]
     monkeypatch.setattr(every, "CHECKS", checks)
     with pytest.raises(DataError, match=r"^row 3 is broken\nbad: mend it$"):
@@ -110,6 +112,15 @@ def test_a_run_stops_before_anything_starts(folder: str, tmp_path: Path) -> None
 
     with pytest.raises(ConfigError, match=r"the actors need 1000\S* CPUs.*\nresources: fewer workers"):
         run(cfg, Refuses())
+
+
+def test_a_check_that_needs_another_comes_behind_it_and_few_rows_are_seen(folder: str) -> None:
+    names = [check.name for check in every.CHECKS]
+    assert all(check.needs in names[: names.index(check.name)] for check in every.CHECKS if check.needs)
+    made = subject()
+    made.cfg.rollout.prompts_per_step = 30_000
+    with pytest.raises(DataError, match=r"rollout\.prompts_per_step=30000: a step would ask some of them twice"):
+        next(check for check in every.CHECKS if check.name == "data").look(made)
 
 
 def test_every_check_is_in_the_document() -> None:

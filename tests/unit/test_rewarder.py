@@ -437,6 +437,9 @@ def test_failures_are_told_with_verifier_count_and_example() -> None:
     )
     assert "prompt 'train/17', sample 1: verifier 'strict': AssertionError: 16 is not 9" in told
     assert failures(groups[1:], "step 1") is None
+    groups[1].samples[1].error = "of another kind"
+    told = failures(groups, "step 1")
+    assert told is not None and told.endswith(" | of another kind") and "16 is not 9" in told
 
 
 def test_answers_that_hang_do_not_wait_for_each_other() -> None:

@@ -9,9 +9,10 @@ import ray
 
 from skyrl.checkpoint import Checkpoints
 from skyrl.crew.ray_executor import ray_session
+from skyrl.data.datasets import check_size
 from skyrl.learner.files import write_state
 from skyrl.records import DataError, SkyrlError
-from skyrl.run import check_size, run
+from skyrl.run import run
 from skyrl.settings import Config
 
 

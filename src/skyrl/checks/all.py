@@ -39,7 +39,8 @@ CHECKS = [
     Check(
         "verifiers",
         data.verifiers,
-        "write the truths as the verifier reads them, or name another verifier (docs/verifiers.md)",
+        "write the truths as the verifier reads them, or name a verifier that can be imported (docs/verifiers.md)",
+        needs="data",
         cheap=True,
     ),
     Check(
@@ -51,6 +52,7 @@ CHECKS = [
         "chat template",
         policy.chat_template,
         "put the chat template of the model's family into chat_template.jinja in its folder; docs/models.md says more",
+        needs="data",
     ),
     Check(
         "stop tokens",
@@ -61,24 +63,35 @@ CHECKS = [
         "picture tokens",
         policy.picture_tokens,
         "use the processor files that belong to the model; the picture's size must be one that it can handle",
+        needs="data",
     ),
     Check("context", policy.context, "lower rollout.max_new_tokens or rollout.max_prompt_tokens"),
-    Check("prompt lengths", data.lengths, "raise rollout.max_prompt_tokens, or set data.overlong to drop or cut"),
+    Check(
+        "prompt lengths",
+        data.lengths,
+        "raise rollout.max_prompt_tokens, or set data.overlong to drop or cut",
+        needs="data",
+    ),
 ]
 """In the order in which they are made."""
 
 
 def run_checks(subject: Subject, checks: Sequence[Check]) -> Iterator[Finding]:
     """One finding a check, as each is done."""
+    failed = set[str]()
     for check in checks:
         started = perf_counter()
         status: Literal["pass", "fail", "skip"] = "pass"
         try:
+            if check.needs in failed:
+                raise Skip(f"needs the check {check.needs!r}, which failed")
             said = check.look(subject)
         except Skip as reason:
             status, said = "skip", str(reason)
         except CAUGHT as error:
             status, said = "fail", str(error) if isinstance(error, SkyrlError) else f"{type(error).__name__}: {error}"
+        if status == "fail":
+            failed.add(check.name)
         remedy = check.remedy if status == "fail" else ""
         yield Finding(check.name, status, said, remedy, round(perf_counter() - started, 3))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from skyrl.checks.subject import Subject
-from skyrl.data.datasets import verifier_names
+from skyrl.data.datasets import check_size, verifier_names
 from skyrl.records import DataError
 from skyrl.rewards.conventions import Takes
 from skyrl.rewards.runner import VerifierRunner
@@ -18,8 +18,9 @@ SELF_TESTED = ("exact", "numeric", "math", "choice")
 
 
 def rows(subject: Subject) -> str:
-    """The data sets open, and some of their rows can be made."""
+    """The data sets open, there are enough rows for a step, and some of them can be made."""
     sizes = {split: len(dataset) for split, dataset in subject.datasets.items()}
+    check_size(sizes["train"], subject.cfg)
     subject.prompts  # noqa: B018 -- decodes their pictures
     return ", ".join(f"{size} {split} prompts" for split, size in sizes.items())
 

@@ -55,12 +55,7 @@ class Subject:
     def encoder(self) -> PromptEncoder:
         from skyrl.policy.encode import PromptEncoder
 
-        return PromptEncoder.from_pretrained(
-            self.policy,
-            self.cfg.model.chat_template_kwargs,
-            self.cfg.model.trust_remote_code,
-            self.cfg.reward.answer.tags,
-        )
+        return PromptEncoder.configured(self.policy, self.cfg)
 
     @cached_property
     def prompts(self) -> dict[str, list[tuple[int, Prompt]]]:
@@ -79,5 +74,7 @@ class Check:
     name: str
     look: Callable[[Subject], str]
     remedy: str
+    needs: str = ""
+    """A check that must have passed: what is wrong there would be told again here, with a remedy that does not help."""
     cheap: bool = False
     """Takes less than two seconds, and imports neither torch nor transformers."""

@@ -7,6 +7,8 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -92,38 +94,76 @@ def run(arguments: list[str], console: Console) -> None:
     COMMANDS[command](files, compose_config([*front, *settings]), given, console)
 
 
+Found = dict[str, Any]
+"""A problem as JSON has it, and as it is said."""
+
+
 def _validate(files: list[str], cfg: Config, given: argparse.Namespace, console: Console) -> None:
-    found, lengths = list[dict[str, Any]](), _lengths(cfg)
+    tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    found, sound, lengths = list[Found](), list[Any](), _lengths(cfg)
+    for file in files:
+        own, opened = _checked(file, cfg, lengths)
+        for said in [one["said"] for one in own[:PRINTED]]:
+            tell(said)
+        if len(own) > PRINTED:
+            tell(f"{file}: and {len(own) - PRINTED} more{'' if given.output else ' (--output FILE.json writes all)'}")
+        if opened is not None and not own:
+            checked = "" if lengths is None else f", at most {lengths.limit} tokens each"
+            tell(f"{file}: {len(opened)} prompts of the layout {opened.layout.value}, no errors{checked}")
+            sound.append(opened)
+        found += own
+    for problem in _together(sound, cfg):
+        tell(problem)
+        found.append(_finding(None, problem))
+    if given.output:
+        _write_json(given.output, [{key: value for key, value in one.items() if key != "said"} for one in found])
+    if found:
+        named = {one["file"] for one in found} - {None}
+        where = f"in {len(named)} of {len(files)} file(s)" if named else "that no single row shows"
+        raise DataError(f"{len(found)} problem(s) {where}")
+
+
+def _finding(
+    file: str | None, problem: str, row: int | None = None, column: str | None = None, said: str = ""
+) -> Found:
+    return {"file": file, "row": row, "column": column, "problem": problem, "said": said or problem}
+
+
+def _checked(file: str, cfg: Config, lengths: PromptLengths | None) -> tuple[list[Found], FilePrompts | None]:
+    """What is wrong with a file, and the file if it can be opened."""
 
     def look(prompt: Prompt) -> None:
-        tokens = 0 if lengths is None else lengths.tokens(prompt)
-        if lengths is not None and tokens > lengths.limit:
+        if lengths is not None and (tokens := lengths.tokens(prompt)) > lengths.limit:
             raise DataError(f"the prompt has {tokens} tokens; rollout.max_prompt_tokens allows {lengths.limit}")
 
-    for file in files:
-        before = len(found)
-        try:
-            opened = _opened(file, cfg)
-            found += [
-                {"file": file, "row": one.row, "column": one.column, "problem": one.problem}
-                for one in opened.problems(look)
-            ]
-        except DataError as error:
-            found.append({"file": file, "row": None, "column": None, "problem": str(error)})
-        for one in found[before : before + PRINTED]:
-            at = f"{file}, row {one['row']}, column {one['column']!r}: " if one["row"] is not None else ""
-            console.print(f"{at}{one['problem']}", markup=False, highlight=False, soft_wrap=True)
-        if len(found) - before > PRINTED:
-            more = "" if given.output else " (--output FILE.json writes all)"
-            console.print(f"{file}: and {len(found) - before - PRINTED} more{more}", markup=False, highlight=False)
-        if len(found) == before:
-            checked = "" if lengths is None else f", at most {lengths.limit} tokens each"
-            said = f"{file}: {len(opened)} prompts of the layout {opened.layout.value}, no errors{checked}"
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
-    if given.output:
-        _write_json(given.output, found)
-    if found:
-        raise DataError(f"{len(found)} problem(s) in {len({one['file'] for one in found})} of {len(files)} file(s)")
+    found, opened = list[Found](), None
+    try:
+        opened = _opened(file, cfg)
+        for one in opened.problems(look):
+            found.append(_finding(file, one.problem, one.row, one.column, one.named(Path(file))))
+    except DataError as error:
+        found.append(_finding(file, str(error)))
+    return found, opened
+
+
+def _together(files: list[FilePrompts], cfg: Config) -> Iterator[str]:
+    """What is wrong with files without a bad row: ids that stand in two of them, verifiers that can't be imported."""
+    from skyrl.data.datasets import verifier_names
+    from skyrl.data.mixture import check_ids
+    from skyrl.rewards.runner import VerifierRunner
+
+    try:
+        check_ids(files, len(files))
+    except DataError as error:
+        yield str(error)
+    reward = cfg.reward
+    runner = VerifierRunner(reward.verifier_timeout, own=reward.verifiers, environment=reward.verifier_environment)
+    with closing(runner):
+        for name in {*verifier_names(files), *filter(None, [reward.verifier])}:
+            try:
+                runner.takes(name)
+            except DataError as error:
+                yield str(error)
 
 
 def _convert(files: list[str], cfg: Config, given: argparse.Namespace, console: Console) -> None:
@@ -134,6 +174,8 @@ def _convert(files: list[str], cfg: Config, given: argparse.Namespace, console: 
         raise ConfigError("convert: needs --output FILE.parquet")
     if any(given.output.resolve() == Path(file).resolve() for file in files):
         raise ConfigError(f"--output {given.output}: is one of the files that are read")
+    if given.output.suffix != ".parquet":
+        raise ConfigError(f"--output {given.output}: must end with .parquet, which is what is written")
     opened = [_opened(file, cfg, check=True) for file in files]
     check_ids(opened, len(opened))
     write_parquet(given.output, _prompts(opened))
@@ -192,9 +234,7 @@ def _lengths(cfg: Config) -> PromptLengths | None:
     from skyrl.policy.encode import PromptEncoder
     from skyrl.policy.lengths import PromptLengths
 
-    encoder = PromptEncoder.from_pretrained(
-        cfg.model.policy, cfg.model.chat_template_kwargs, cfg.model.trust_remote_code
-    )
+    encoder = PromptEncoder.configured(cfg.model.policy, cfg)
     return PromptLengths(encoder, cfg.rollout.max_prompt_tokens)
 
 

@@ -63,3 +63,18 @@ def build_datasets(cfg: Config) -> dict[str, PromptDataset]:
 def verifier_names(datasets: Iterable[PromptDataset]) -> list[str]:
     """The different verifiers that data sets name, where they can say so without making each prompt."""
     return sorted({name for dataset in datasets for name in getattr(dataset, "verifiers", list)()})
+
+
+def check_size(size: int, cfg: Config) -> None:
+    """A prompt that comes twice in a step would get the same answers twice: sampling is seeded by prompt and step.
+
+    Raises:
+        DataError: if there are fewer training prompts than a step asks.
+    """
+    wanted = cfg.rollout.prompts_per_step
+    if size < wanted and cfg.data.pairs_path is None:
+        mend = ", or widen data.pool_min … data.pool_max" if cfg.data.pool_path else ""
+        raise DataError(
+            f"there are {size} training prompts, but rollout.prompts_per_step={wanted}: a step would ask some of them "
+            f"twice; lower it to {size} or less{mend}"
+        )

@@ -78,12 +78,7 @@ class LearnerStep:
         torch.set_num_threads(self.threads)
         torch.manual_seed(self.cfg.controller.seed)
         self.terms = run_terms(self.cfg.algorithm)
-        self.encoder = PromptEncoder.from_pretrained(
-            self.policy_folder,
-            self.cfg.model.chat_template_kwargs,
-            self.cfg.model.trust_remote_code,
-            self.cfg.reward.answer.tags,
-        )
+        self.encoder = PromptEncoder.configured(self.policy_folder, self.cfg)
         # Not before: it imports transformers, which must find what the encoder put in the place of torchvision.
         from skyrl.sync.saved_form import SavedForm
 

@@ -18,6 +18,7 @@ import torch
 from skyrl.policy.chat import ChatTemplate, misplaced
 from skyrl.policy.processor import load_processor
 from skyrl.records import ConfigError, DataError, Prompt, Turn
+from skyrl.settings import Config
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """Can be sampled, and stay in texts, even if a tokenizer calls them special; the first opens the reasoning."""
@@ -112,6 +113,12 @@ class PromptEncoder:
         """Of a Hugging Face folder, with the stop tokens that its configurations name. Errors: as the class."""
         processor = load_processor(folder, trust_remote_code)
         return cls(processor, chat_template_kwargs, _configured_ends(Path(folder), processor), tags)
+
+    @classmethod
+    def configured(cls, folder: str, cfg: Config) -> PromptEncoder:
+        """Of the policy's folder, as the settings of a run have it. Errors: as the class."""
+        model = cfg.model
+        return cls.from_pretrained(folder, model.chat_template_kwargs, model.trust_remote_code, cfg.reward.answer.tags)
 
     def _turn_end(self, special: Set[int], ends: list[int]) -> int:
         """First special or stop token behind an answer, a stop token that begins the next turn, or any of ``ends``."""

@@ -73,20 +73,22 @@ def refuse_all_failed(groups: list[SampleGroup], when: str) -> None:
 
 def failures(groups: list[SampleGroup], when: str) -> str | None:
     """What the user should read of answers that could not be scored, if there are any: how many, by which verifiers,
-    and one of them. A verifier that fails only for wrong answers would else look like an accuracy of 1."""
+    and the first of each. A verifier that fails only for wrong answers would else look like an accuracy of 1."""
     asked: Counter[str] = Counter()
+    first: dict[str, str] = {}
     failed: Counter[str] = Counter()
     for group in groups:
         name = " and ".join(check.verifier or "reward.verifier" for check in group.prompt.all_checks)
         asked[name] += len(group.samples)
-        failed[name] += sum(sample.error is not None for sample in group.samples)
+        errors = [sample.error for sample in group.samples if sample.error is not None]
+        failed[name] += len(errors)
+        first |= {name: errors[0]} if errors and name not in first else {}
     counts = [f"{failed[name]} of {asked[name]} by {name}" for name in asked if failed[name]]
     if not counts:
         return None
-    first = next(sample.error for sample in flatten(groups) if sample.error is not None)
     return (
         f"{when}: answers that could not be scored: {', '.join(counts)}. They train nothing and count in no accuracy "
-        f"(reward/errors, eval/errors). The first: {first}"
+        f"(reward/errors, eval/errors). The first of each: {' | '.join(first.values())}"
     )
 
 

@@ -42,9 +42,7 @@ class Rewarder:
             plugin.load()
         self.cfg = cfg
         answer = cfg.reward.answer
-        encoder = PromptEncoder.from_pretrained(
-            policy_folder, cfg.model.chat_template_kwargs, cfg.model.trust_remote_code, answer.tags
-        )
+        encoder = PromptEncoder.configured(policy_folder, cfg)
         self.form = AnswerForm(answer, encoder.answer_prefix, cfg.reward.verifier_timeout)
         self.model: GroupScorer | ConversationScorer | EndpointScorer | None = None
         if reward_folder is not None:

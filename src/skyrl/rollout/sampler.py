@@ -43,9 +43,7 @@ class Sampler:
 
         self.cfg, self.version = cfg, 0
         self.datasets = build_datasets(cfg)
-        self.encoder = PromptEncoder.from_pretrained(
-            policy_folder, cfg.model.chat_template_kwargs, cfg.model.trust_remote_code, cfg.reward.answer.tags
-        )
+        self.encoder = PromptEncoder.configured(policy_folder, cfg)
         self._lengths = PromptLengths(self.encoder, cfg.rollout.max_prompt_tokens)
         self.engine: Engine = imported(cfg.rollout.engine, "rollout.engine")(cfg, policy_folder)
         # A tokenizer may name tokens that the output layer does not have.
