@@ -189,3 +189,9 @@ def test_bfloat16_against_float32_passes_and_is_no_accident(policy: str) -> None
     limit = limit_for(learner, groups)
     assert gap.largest > FLOOR and gap.within(limit)
     assert not Gap(gap.largest, 10 * gap.mean).within(limit)
+
+
+@pytest.mark.parametrize("rounding", [(math.inf, 0.1), (math.nan, math.nan), (0.2, math.inf)])
+def test_a_limit_that_could_not_be_measured_lets_nothing_pass(rounding: tuple[float, float]) -> None:
+    assert limit_of(Gap(*rounding)) == Gap(FLOOR, FLOOR)
+    assert limit_of(Gap(0.2, 0.01)) == Gap(pytest.approx(0.6), pytest.approx(0.02))

@@ -143,8 +143,11 @@ def probe_gap(learner: LearnerStep, *parts: list[SampleGroup]) -> Gap:
 
 
 def limit_of(rounding: Gap) -> Gap:
-    """What a sync may differ by, given what rounding errors did."""
-    return Gap(max(FLOOR, LARGEST * rounding.largest), max(FLOOR, MEAN * rounding.mean))
+    """What a sync may differ by, given what rounding errors did. If that is not finite it says nothing, and must not
+    let everything pass: the least limit."""
+    largest, mean = LARGEST * rounding.largest, MEAN * rounding.mean
+    finite = np.isfinite([largest, mean]).all()
+    return Gap(max(FLOOR, largest), max(FLOOR, mean)) if finite else Gap(FLOOR, FLOOR)
 
 
 def rounding_gap(learner: LearnerStep, *parts: list[SampleGroup]) -> Gap:
@@ -156,7 +159,7 @@ def rounding_gap(learner: LearnerStep, *parts: list[SampleGroup]) -> Gap:
     for seed in range(DRAWS):
         with rounding_errors(learner.backend.model, seed):
             gaps.append(_gap(exact, learner.logprobs(groups)))
-    return Gap(max(gap.largest for gap in gaps), max(gap.mean for gap in gaps))
+    return Gap(float(np.max([gap.largest for gap in gaps])), float(np.max([gap.mean for gap in gaps])))
 
 
 def _gap(recorded: Sequence[np.ndarray | None], own: Sequence[np.ndarray]) -> Gap:
