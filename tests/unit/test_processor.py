@@ -121,3 +121,21 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))
     cfg = Config.model_validate({"model": {"policy": "~/policy", "reward": "~/reward"}})
     assert (cfg.model.policy, cfg.model.reward) == (f"{tmp_path}/policy", f"{tmp_path}/reward")
+
+
+ROLES = {
+    "LearnerStep": "from learner_plain import joined, plain_settings; joined(plain_settings(), folder)",
+    "Rewarder": (
+        "from skyrl.rewards.rewarder import Rewarder; from skyrl.settings import Config; "
+        "Rewarder(Config(), folder, None, 1)"
+    ),
+}
+
+
+@pytest.mark.parametrize("role", sorted(ROLES))
+def test_a_role_that_begins_in_a_process_of_its_own_finds_the_stand_in(role: str, tmp_path: Path) -> None:
+    """transformers looks for torchvision once: whatever a role imports, the processor must be asked for first."""
+    models, folder = str(TESTS / "models"), str(tmp_path / "model")
+    path = f"import sys; sys.path[:0] = [{str(TESTS)!r}, {models!r}]; folder = {folder!r}; "
+    alone(path + "from pathlib import Path; import zoo; zoo.ARCHITECTURES['Qwen2.5-VL'].build(Path(folder))")
+    alone(path + ROLES[role])
