@@ -157,9 +157,6 @@ def _processor(frame: Any, tokenizer: Any) -> Any:
     tokenizer.chat_template = FLATTEN.format(image=repr(frame.image_token)) + str(tokenizer.chat_template)
     made = copy.deepcopy(frame)
     made.tokenizer, made.chat_template = tokenizer, tokenizer.chat_template
-    for name, value in vars(frame).items():
-        if name.endswith("token_id") and isinstance(value, int):
-            setattr(made, name, tokenizer.convert_tokens_to_ids(frame.tokenizer.convert_ids_to_tokens(value)))
     return made
 
 

@@ -43,6 +43,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), pad_token="<pad>",
                                    eos_token="<end_of_utterance>")  # fmt: skip
     bare.chat_template = PLAIN
+    bare.add_tokens(["zebra"])  # so that the picture's tokens get other ids than in the frame
     assert "<image>" not in bare.get_vocab()
     end = bare.eos_token_id
     rows = max(bare.get_vocab().values()) + 1
@@ -71,6 +72,9 @@ def test_the_joined_model_is_the_sum_of_its_parts(parts: tuple[Path, Path], tmp_
     ids = torch.arange(1, 40).reshape(3, 13)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits[..., :rows], text(input_ids=ids).logits)
+    embedding, known = model.get_input_embeddings().weight, text.get_input_embeddings().weight
+    assert len(embedding) == rows + 3 and torch.equal(embedding[:rows], known)
+    assert torch.allclose(embedding[rows:], known.mean(0).expand(3, -1))
     assert report["parameters"] == {
         part: sum(p.numel() for n, p in own.items() if module_of(n) == part)
         for part in ("vision", "adapter", "language")
@@ -87,10 +91,12 @@ def test_pictures_stand_where_the_languages_own_template_puts_the_text(
     assert made.chat_text(asked) == "[user] <image><image>How many?[assistant]"
     assert made.chat_text(Prompt("b", "How many?", (), "1", "exact")) == "[user] How many?[assistant]"
     ids, pictures = made.encode(asked)
+    frame = PromptEncoder.from_pretrained(str(parts[0]))
+    assert made.image_token_id != frame.image_token_id
     model = load_policy(str(tmp_path / "out"), "float32").eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(np.asarray(ids)[None]), **pictures).logits
-    assert logits.isfinite().all()
+    assert logits.isfinite().all() and model.config.image_token_id == made.image_token_id
     freeze(model.named_parameters(), Trainable.adapter)
     assert {module_of(n) for n, p in model.named_parameters() if p.requires_grad} == {"adapter"}
 

@@ -108,10 +108,17 @@ def test_a_step_changes_the_factors_and_the_merged_weights_are_the_policy(policy
 
 def test_the_exported_adapter_is_what_peft_loads(policy: str, tmp_path: Path) -> None:
     from peft import PeftModel
+    from safetensors.torch import load_file
 
-    learner = lora_learner(policy)
+    learner = joined(plain_settings(lora=LoraConfig(rank=4, alpha=8), lr=0.1, warmup_steps=0), policy)
+    start = weights_of(learner)
     learner.train_step(make_batch(learner.encoder, 1))
+    moved = max(float(np.abs(own - start[name]).max()) for name, own in weights_of(learner).items())
+    assert moved > 1e-3  # or an adapter that is not loaded would look right
     learner.export(tmp_path / "out")
+    keys = list(load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors"))
+    assert keys and all(key.startswith("base_model.model.model.") for key in keys)
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
     theirs = PeftModel.from_pretrained(
         load_policy(policy, "float32"), str(tmp_path / "out" / "adapter")
     ).merge_and_unload()

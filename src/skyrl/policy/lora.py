@@ -45,9 +45,7 @@ def add_lora(model: Any, cfg: LoraConfig, trained: Iterable[str]) -> int:
     if not chosen:
         raise ConfigError(f"learner.lora.rank={cfg.rank}: learner.trainable names no module with linear layers")
     peft = PeftConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=chosen, lora_dropout=0.0, bias="none")
-    inject_adapter_in_model(peft, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in FACTORS))
+    inject_adapter_in_model(peft, model)  # freezes everything but the factors
     return len(chosen)
 
 
@@ -84,13 +82,14 @@ def save_adapter(folder: Path | None, backend: Any) -> None:
         folder: None on ranks that only take part in the gathering.
         backend: The learner's :class:`skyrl.learner.backend.Backend`.
     """
+    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     names = {name for name, _ in backend.model.named_parameters() if plain_name(name) is None}
-    factors = {
-        f"base_model.model.{n.replace('.default', '')}": w.cpu().contiguous() for n, w in backend.parameters(names)
-    }
+    whole = {name: tensor.cpu().contiguous() for name, tensor in backend.parameters(names)}
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        factors = get_peft_model_state_dict(backend.model, whole)
+        named = {f"base_model.model.{name}": tensor for name, tensor in factors.items()}
+        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         backend.model.peft_config["default"].save_pretrained(str(folder))
