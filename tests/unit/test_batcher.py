@@ -237,7 +237,7 @@ def test_answers_that_could_not_be_scored_are_told_once():
     assert one.exchange(1, 0, [well])[1].notes == ()
     (note,) = one.exchange(2, 0, [well], [failed])[1].notes
     assert note.startswith("step 2: answers that could not be scored: 2 of 5 by exact. They train nothing")
-    assert note.endswith("The first: verifier crashed")
+    assert note.endswith("The first of each: verifier crashed")
     _, report = one.exchange(3, 0, [failed])
     assert report.notes == () and report.metrics["reward/errors"] == 2
 

@@ -152,7 +152,7 @@ def test_remarks_on_the_first_evaluation() -> None:
     assert remarks(asked, [right, wrong]) == remarks(asked, []) == []
     (failure,) = remarks(asked, [right], [failed, wrong])
     assert failure.startswith("first evaluation: answers that could not be scored: 1 of 3 by numeric. ")
-    assert failure.endswith("The first: the verifier was killed")
+    assert failure.endswith("The first of each: the verifier was killed")
     for one in (right, wrong):
         one.samples[0].answer = None
     wrong.samples[0].text = "a" * 1000 + "b" * 1000
