@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from skyrl.cli import CONF, compose_config, read_settings, run_command
+from skyrl.crew.placement import check_resources
 from skyrl.launch import _resume_command
 from skyrl.records import ConfigError, DataError
 from skyrl.settings import Config, PairSource, Squash, ThresholdKind, Trainable, all_settings, validate
@@ -79,6 +80,16 @@ def test_every_option_composes_and_is_valid(option: Path, own: list[str]) -> Non
     if option.stem == "gpu_zero3":
         extra = ["rollout=gpu", "rollout.max_prompt_tokens=96", "rollout.max_new_tokens=64"]
     validate(compose_config([f"{option.parent.name}={option.stem}", *extra]))
+
+
+def test_gpu_smoke_fits_one_gpu_and_says_how_to_use_two() -> None:
+    one, two = ([{"Resources": {"CPU": 4.0, "GPU": gpus}}] for gpus in (1.0, 2.0))
+    check_resources(compose_config(["experiment=gpu_smoke"]), one, with_learner=True)
+    said = (CONF / "experiment" / "gpu_smoke.yaml").read_text().split("NCCL between them: ")[1].splitlines()[0]
+    apart = compose_config(["experiment=gpu_smoke", *said.split()])
+    check_resources(apart, two, with_learner=True)
+    with pytest.raises(ConfigError, match="need 2 GPUs, the Ray cluster has 1"):
+        check_resources(apart, one, with_learner=True)
 
 
 def test_a_model_of_ones_own_works_as_the_readme_says(own: list[str]) -> None:
