@@ -63,11 +63,13 @@ def evaluate(cfg: Config, console: Console, executor: Executor | None = None) ->
         DataError: naming file, row and column of what can't be read.
         SkyrlError: whatever went wrong in a member.
     """
+    from skyrl.checks.policy import fits
     from skyrl.evaluation.benchmark import evaluate_on_tasks, prepared
     from skyrl.run import model_folders, with_absolute_paths
 
     cfg = prepared(with_absolute_paths(cfg))
     policy, _ = model_folders(cfg)
+    fits(cfg, policy)
 
     @contextmanager
     def start(cfg: Config) -> Iterator[System]:

@@ -1,8 +1,10 @@
-"""Reward functions in the ways of TRL and verl, for test_conventions.py. Imported in the verifier process by name."""
+"""Reward functions in the ways of TRL, verl and EasyR1, for test_conventions.py. The verifier process imports them by
+name."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import time
@@ -92,6 +94,63 @@ async def verl_waits(data_source, solution_str, ground_truth, extra_info):
     return 0.25
 
 
+def verl_lists(data_sources, solution_strs, ground_truths, extra_infos):
+    rows = zip(data_sources, solution_strs, ground_truths, extra_infos, strict=True)
+    return [{"score": float(said == truth) + more.get("index", 0)} for _, said, truth, more in rows]
+
+
+def verl_fails(data_source, solution_str, ground_truth, extra_info):
+    raise RuntimeError(f"boom {extra_info}")
+
+
+# ---------------------------------------------------------------- EasyR1
+
+
+def easyr1_math(reward_inputs: list[dict[str, Any]], format_weight: float = 0.1) -> list[dict[str, float]]:
+    """As its examples of today are written, ``REWARD_TYPE = "batch"``."""
+    if not isinstance(reward_inputs, list):
+        raise ValueError("Please use `reward_type=batch`")
+    scores = []
+    for one in reward_inputs:
+        accuracy, kept = float(one["response"].endswith(one["ground_truth"])), float("<think>" in one["response"])
+        overall = (1 - format_weight) * accuracy + format_weight * kept
+        scores.append({"overall": overall, "format": kept, "accuracy": accuracy})
+    return scores
+
+
+def easyr1_r1v(reward_input: dict[str, Any], format_weight: float = 0.5) -> dict[str, float]:
+    """``REWARD_TYPE = "sequential"``"""
+    if not isinstance(reward_input, dict):
+        raise ValueError("Please use `reward_type=sequential`")
+    return {"overall": reward_input["response_length"] / 100, "accuracy": 0.0}
+
+
+def easyr1_older(predict: str, ground_truth: str, format_weight: float = 0.5) -> dict[str, float]:
+    return {"overall": float(predict == ground_truth), "format": 1.0}
+
+
+def easyr1_oldest(predict_str: str, ground_truth: str) -> float:
+    return float(predict_str == ground_truth)
+
+
+def easyr1_older_batch(predicts: list[str], ground_truths: list[str]) -> list[dict[str, float]]:
+    return [{"overall": float(said == truth)} for said, truth in zip(predicts, ground_truths, strict=True)]
+
+
+def easyr1_no_overall(reward_inputs):
+    return [{"accuracy": 1.0} for _ in reward_inputs]
+
+
+def easyr1_one_for_all(reward_inputs):
+    return {"overall": 1.0}
+
+
+def wants_more(reward_inputs: list[dict[str, Any]], max_response_length: int, factor: float = 1.0):
+    return [{"overall": one["response_length"] / max_response_length} for one in reward_inputs]
+
+
+partly = functools.partial(wants_more, max_response_length=10)
+
 # ---------------------------------------------------------------- ours, and nobody's
 
 
@@ -125,7 +184,7 @@ def fails_if_wrong(answer: str, truth: str) -> float:
     return 1.0
 
 
-def other_names(predict_str: str, ground_truth: str) -> float:
+def other_names(response: str, label: str) -> float:
     return 1.0
 
 

@@ -1,4 +1,4 @@
-"""Names of verifiers, and functions of TRL and verl run unchanged, through the real verifier process."""
+"""Names of verifiers, and functions of TRL, verl and EasyR1 run unchanged, through the real verifier process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from skyrl.rewards.verifiers.judge import Case, EndpointJudge
 from skyrl.settings import AnswerConfig, Config
 
 NAMES = [name for name, one in vars(foreign_rewards).items() if inspect.isfunction(one)]
-OWN = {name: f"foreign_rewards:{name}" for name in NAMES}
+OWN = {name: f"foreign_rewards:{name}" for name in (*NAMES, "partly")}
 
 
 def make(**reward: Any) -> Checks:
@@ -110,7 +110,10 @@ def test_bad_path_of_the_settings(path: str) -> None:
     ("name", "takes"),
     [
         *((name, Takes.trl) for name in NAMES if name.startswith("trl")),
-        *((name, Takes.verl) for name in NAMES if name.startswith(("verl", "compute"))),
+        *((name, Takes.verl) for name in NAMES if name.startswith(("verl", "compute")) and name != "verl_lists"),
+        ("verl_lists", Takes.verl_batch),
+        *((name, Takes.easyr1) for name in ("easyr1_r1v", "easyr1_older", "easyr1_oldest")),
+        *((name, Takes.easyr1_batch) for name in ("easyr1_math", "easyr1_older_batch", "partly")),
         ("text_length", Takes.text),
         ("optional", Takes.answer),
         ("exact", Takes.answer),
@@ -123,7 +126,9 @@ def test_convention_is_found_from_the_parameters(checks: Checks, name: str, take
 
 @pytest.mark.parametrize("name", ["other_names", "three"])
 def test_a_function_of_no_convention_is_refused(checks: Checks, name: str) -> None:
-    with pytest.raises(DataError, match=rf"verifier '{name}'.*takes \(.*allowed: \(answer, truth\), verl's .*TRL's"):
+    with pytest.raises(
+        DataError, match=rf"verifier '{name}'.*takes \(.*allowed: \(answer, truth\), verl's .*EasyR1's .*TRL's"
+    ):
         checks.pool.takes(name)
 
 
@@ -166,6 +171,31 @@ def test_verl(checks: Checks) -> None:
     assert scores(checks, group("verl_waits", "4")) == [0.25]
 
 
+def test_verl_in_batches(checks: Checks) -> None:
+    asked = group("verl_lists", "4", "5", "4", extra={"extra_info": {"index": 2}})
+    assert scores(checks, asked) == [3.0, 2.0, 3.0]
+    assert scores(checks, group("verl_lists", "4", extra={"extra_info": None})) == [1.0]
+
+
+def test_easyr1(checks: Checks) -> None:
+    texts = ["<think>?</think> 4", "it is 4", "<think>?</think> 5", "5"]
+    assert scores(checks, group("easyr1_math", *texts)) == pytest.approx([1.0, 0.9, 0.1, 0.0])
+    assert scores(checks, group("easyr1_r1v", "4", "4", "5")) == [0.03, 0.04, 0.05]  # equal texts of other tokens
+    for name in ("easyr1_older", "easyr1_oldest", "easyr1_older_batch"):
+        assert scores(checks, group(name, "4", "5", "4")) == [1.0, 0.0, 1.0]
+    assert scores(checks, group("partly", "4", "5")) == [0.3, 0.4]
+    with pytest.raises(DataError, match=r"needs max_response_length, which easyr1_batch doesn't give: .*reward_inputs"):
+        checks.pool.takes("wants_more")
+
+
+def test_a_truth_that_is_no_text_can_be_told(checks: Checks) -> None:
+    for truth, shown in ((7, "7"), (None, "None"), (["4"] * 99, "['4', '4'")):
+        extra = {"reward_model": {"ground_truth": truth}, "extra_info": ["not", "a", "mapping"]}
+        found = problem(checks, group("verl_fails", "4", extra=extra))
+        assert "boom ['not', 'a', 'mapping']" in found and f"; ground_truth {shown}" in found
+        assert len(found) < 250
+
+
 def test_verl_gets_the_truth_as_its_file_has_it(checks: Checks) -> None:
     extra = {"reward_model": {"ground_truth": ["4", "four"]}}
     assert scores(checks, group("verl_truth_type", "4", extra=extra)) == [1.0]
@@ -182,12 +212,15 @@ def test_verl_gets_the_truth_as_its_file_has_it(checks: Checks) -> None:
         ("trl_one_number", "needed: a list of 2 numbers"),
         ("trl_nan", "allowed: a finite number"),
         ("verl_no_score", "a mapping with acc; needed: score"),
+        ("easyr1_no_overall", "a mapping with accuracy; needed: overall"),
+        ("easyr1_one_for_all", "needed: a list of 2 numbers"),
         ("verl_parts", "KeyError: 'index'"),
     ],
 )
 def test_what_they_can_not_do_is_an_error_and_no_zero(checks: Checks, name: str, message: str) -> None:
     found = problem(checks, group(name, "4", "4"))
     assert found.startswith(f"verifier {name!r}: ") and message in found
+    assert "; answer" not in found  # of TRL's that is a column of truths
 
 
 def test_columns_that_json_can_not_hold_are_named_as_the_problem(checks: Checks) -> None:
@@ -201,6 +234,14 @@ def test_none_for_a_row_that_is_not_its_own(checks: Checks) -> None:
     several = (Check("trl_some", "4", 5.0), Check("exact", "4"))
     both = group("", "<answer>4</answer>", "<answer>5</answer>", extra=other, checks=several)
     assert scores(checks, both) == [1.0, 0.0]
+
+
+def test_whether_answers_are_read_at_all(checks: Checks) -> None:
+    whole = [group("compute_score", "4"), group("trl_equal", "4"), group("text_length", "4"), group("easyr1_math", "4")]
+    assert not checks.read_answers(whole)
+    for name in ("exact", "optional", "judge"):
+        assert checks.read_answers([*whole, group(name, "4")])
+    assert checks.read_answers([group("", "4", checks=(Check("trl_equal", "4"), Check("exact", "4")))])
 
 
 def test_text_that_a_verifier_wants(checks: Checks) -> None:
@@ -305,11 +346,12 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pyte
     blocks = re.findall(r"^```python\n(.*?)^```", text.partition("## Your own function")[2], re.DOTALL | re.MULTILINE)
     (tmp_path / "documented_rewards.py").write_text("\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path)
-    names = ("close_enough", "short", "ends_well", "compute_score")
+    names = ("close_enough", "short", "ends_well", "compute_score", "graded")
     checks = make(verifiers={name: f"documented_rewards:{name}" for name in names})
     asked = [f"<answer>{said}</answer>" for said in ("Red", "rose", "blue")]
     assert scores(checks, group("close_enough", *asked, answer="red")) == [1.0, 0.5, 0.0]
     assert scores(checks, group("short", "a b c", "<think>a b c</think> a b", answer="2")) == [0.0, 1.0]
     assert scores(checks, group("ends_well", "it is 4", "it is 5")) == [2.0, 0.0]
     assert scores(checks, group("compute_score", "it is 4", "it is 5")) == [1.0, 0.0]
+    assert scores(checks, group("graded", "it is 4", "it is 5")) == [0.9, 0.0]
     checks.close()

@@ -91,10 +91,21 @@ def test_validate_names_every_bad_row(tmp_path: Path) -> None:
         )
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"{path}, row 1, column 'answer': " in text
-    assert "row 2, column 'images': picture 0: got 10 bytes that begin with b'no pictu'" in text
+    assert "row 2, column 'images': picture 0: got 10 bytes that begin with b'no pictu'; allowed: a PNG" in text
+    assert "BytesIO" not in text
     assert f"{path}: and 12 more\n" in text and "good.jsonl: 1 prompts of the layout skyrl, no errors\n" in text
     found = json.loads((tmp_path / "o.json").read_text())
     assert [one["row"] for one in found] == [1, 2, *range(4, 34)] and {one["file"] for one in found} == {str(path)}
+
+
+def test_a_broken_line_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"question": "1?", "answer": "1", "verifier": "exact"}\n{broken\n')
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(DataError, match="1 problem"):
+        run(["validate", str(path)], console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.startswith(f"{path}, row 1: can't be read: JSONDecodeError") and text.count("row 1") == 1
 
 
 def test_validate_measures_by_the_models_own_processor(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from skyrl.data.files import COLUMNS, FilePrompts
+from skyrl.data.columns import COLUMNS
+from skyrl.data.files import FilePrompts
 from skyrl.data.layouts import detected
 from skyrl.data.parquet import COLUMNS as WRITTEN
 from skyrl.data.preference_pairs import PAIR_COLUMNS, main

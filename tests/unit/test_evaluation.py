@@ -147,7 +147,8 @@ def test_answers_are_compared_with_what_was_said_without_the_picture() -> None:
 
 
 def test_remarks_on_the_first_evaluation() -> None:
-    asked = SimpleNamespace(cfg=Config(), form=AnswerForm(AnswerConfig(at="boxed")))
+    reads = SimpleNamespace(read_answers=lambda groups: True)
+    asked = SimpleNamespace(cfg=Config(), form=AnswerForm(AnswerConfig(at="boxed")), checks=reads)
     right, wrong, failed = group("e/0", "sum", 1.0, model=1), group("e/1", "sum", 0.0), group("e/2", "sum", None)
     assert remarks(asked, [right, wrong]) == remarks(asked, []) == []
     (failure,) = remarks(asked, [right], [failed, wrong])
@@ -159,7 +160,8 @@ def test_remarks_on_the_first_evaluation() -> None:
     (silence,) = remarks(asked, [wrong])
     assert r"looked for the content of the last \boxed{…} behind </think> (reward.answer.at=" in silence
     assert silence.endswith("The first text: '" + "a" * 150 + " … " + "b" * 150 + "'")
-    assert remarks(asked, [wrong, right]) == []  # a function that reads the whole text gave points
+    reads.read_answers = lambda groups: False  # all that judges here is given the whole text
+    assert remarks(asked, [wrong]) == []
 
 
 def test_an_evaluation_of_which_nothing_could_be_scored_ends_the_run() -> None:

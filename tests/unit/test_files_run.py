@@ -81,6 +81,8 @@ def test_a_mixture_of_layouts_trains_and_a_resumed_run_asks_the_same(
     assert "data.overlong=drop: 4 of 35 train prompts are left out (over 120 tokens)" in capsys.readouterr().out
     whole = dict(watched)
     watched.clear()
+    logged = [row for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "data/left_out_train" in row]
+    assert [(row["step"], row["data/left_out_train"], row["data/left_out_eval"]) for row in logged] == [(0, 4.0, 0.0)]
     assert sorted(whole) == [1, 2, 3, 4, 5]
     for ids in whole.values():
         assert len(set(ids)) == 6 and sum(one.startswith("verl/") for one in ids) == 4  # two of three
@@ -108,11 +110,14 @@ def test_a_mixture_of_layouts_trains_and_a_resumed_run_asks_the_same(
         assert kept[0] == kept[1]
 
 
-def test_long_rows_end_the_run_before_its_first_step(folder: Path, tmp_path: Path) -> None:
+def test_long_rows_end_the_run_before_its_first_step(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = settings(folder, tmp_path / "run", 2)
-    cfg.data.overlong = Overlong.error
+    cfg.data.overlong, cfg.data.eval_path = Overlong.error, str(folder / "own.parquet")
     with pytest.raises(
         DataError, match=r"(?s)4 of 35 train prompts can't be asked.*row 5: prompt 'verl/5' has \d+ tokens"
     ):
         module.run(cfg, LocalExecutor())
+    assert "note: 4 of 4 evaluation prompts are also trained on ('train/0' of data.eval_path" in capsys.readouterr().out
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.rewards.metrics import repeated_share
+from skyrl.rewards.metrics import SHORT, repeated_share
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,15 @@ def test_repetition_against_a_set(tokens: list[int], n: int) -> None:
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     want = sum(gram in grams[:i] for i, gram in enumerate(grams)) / len(grams) if grams else 0.0
     assert repeated_share(np.array(tokens, dtype=np.int32), n) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("kinds", [2, 6, 2**31])
+def test_repetition_in_long_answers_against_a_set(kinds: int) -> None:
+    """Beyond some length hashes are counted, not tuples."""
+    for seed, length in enumerate((SHORT + 3, SHORT + 4, 500, 3000)):
+        tokens = np.random.default_rng(seed).integers(0, kinds, length).astype(np.int32)
+        grams = list(zip(*(tokens[start:].tolist() for start in range(4)), strict=False))
+        assert repeated_share(tokens) == 1 - len(set(grams)) / len(grams)
 
 
 def test_repetition_of_nonsense() -> None:

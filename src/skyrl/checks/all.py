@@ -39,7 +39,7 @@ CHECKS = [
     Check(
         "verifiers",
         data.verifiers,
-        "write the truths as the verifier reads them, or name a verifier that can be imported (docs/verifiers.md)",
+        "write the truths as the verifier reads them, name one that can be imported, or mend it (docs/verifiers.md)",
         needs="data",
         cheap=True,
     ),
@@ -48,11 +48,12 @@ CHECKS = [
         machine.memory,
         "lower rollout.kv_cache_gib or numbers of workers, shard by learner.zero_stage, or set learner.lora.rank",
     ),
+    Check("pictures", policy.pictures, "docs/models_table.md lists models that take pictures", needs="data"),
     Check(
         "chat template",
         policy.chat_template,
         "put the chat template of the model's family into chat_template.jinja in its folder; docs/models.md says more",
-        needs="data",
+        needs="pictures",
     ),
     Check(
         "stop tokens",
@@ -63,14 +64,14 @@ CHECKS = [
         "picture tokens",
         policy.picture_tokens,
         "use the processor files that belong to the model; the picture's size must be one that it can handle",
-        needs="data",
+        needs="pictures",
     ),
     Check("context", policy.context, "lower rollout.max_new_tokens or rollout.max_prompt_tokens"),
     Check(
         "prompt lengths",
         data.lengths,
         "raise rollout.max_prompt_tokens, or set data.overlong to drop or cut",
-        needs="data",
+        needs="pictures",
     ),
 ]
 """In the order in which they are made."""
@@ -84,7 +85,8 @@ def run_checks(subject: Subject, checks: Sequence[Check]) -> Iterator[Finding]:
         status: Literal["pass", "fail", "skip"] = "pass"
         try:
             if check.needs in failed:
-                raise Skip(f"needs the check {check.needs!r}, which failed")
+                failed.add(check.name)  # nor can be looked at what needs this one
+                raise Skip(f"needs the check {check.needs!r}, which failed or could not be made")
             said = check.look(subject)
         except Skip as reason:
             status, said = "skip", str(reason)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from skyrl.checks.subject import Subject
 from skyrl.data.datasets import check_size, verifier_names
-from skyrl.records import DataError
+from skyrl.data.overlap import overlap
+from skyrl.records import DataError, Prompt, Sample, SampleGroup
+from skyrl.rewards.answers import AnswerForm
 from skyrl.rewards.conventions import Takes
+from skyrl.rewards.judging import Checks
 from skyrl.rewards.runner import VerifierRunner
-from skyrl.settings import Overlong
+from skyrl.settings import AnswerPlace, Config, Overlong, Think
 
 SELF_TESTED = ("exact", "numeric", "math", "choice")
 """Verifiers whose truths are answers themselves."""
@@ -22,26 +29,44 @@ def rows(subject: Subject) -> str:
     sizes = {split: len(dataset) for split, dataset in subject.datasets.items()}
     check_size(sizes["train"], subject.cfg)
     subject.prompts  # noqa: B018 -- decodes their pictures
-    return ", ".join(f"{size} {split} prompts" for split, size in sizes.items())
+    return "; ".join([", ".join(f"{size} {split} prompts" for split, size in sizes.items()), *repeated(subject)])
+
+
+def repeated(subject: Subject) -> list[str]:
+    """A note, if prompts to evaluate on are also trained on."""
+    data = subject.datasets
+    found = None if subject.cfg.data.pairs_path is not None else overlap(data["eval"], data["train"])
+    if found is None:
+        return []
+    one, other = found.first
+    return [
+        f"note: {found.same} of {len(data['eval'])} evaluation prompts are also trained on ({one!r} of data.eval_path "
+        f"is {other!r} of data.train_path); accuracy on them says what is known by heart"
+    ]
 
 
 def verifiers(subject: Subject) -> str:
     """The verifiers that rows name can be run; the built-in ones judge a row's own truth right, and the truth of
-    another row wrong."""
+    another row wrong. Functions of the user's are called once."""
     cfg = subject.cfg.reward
     runner = VerifierRunner(cfg.verifier_timeout, cfg.numeric_tolerance, cfg.verifiers, cfg.verifier_environment)
     rows = [(f"{split} row {row}", prompt) for split, some in subject.prompts.items() for row, prompt in some]
     truths: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    first = dict[str, tuple[str, Prompt]]()
     for where, prompt in rows:
         for check in prompt.all_checks:
-            truths[check.verifier or cfg.verifier or ""].append((where, check.truth))
+            name = check.verifier or cfg.verifier or ""
+            truths[name].append((where, check.truth))
+            first.setdefault(name, (where, replace(prompt, checks=(replace(check, verifier=name),))))
     names = {*truths, *verifier_names(subject.datasets.values()), cfg.verifier or ""} - {""}
     said = []
     try:
         for name in sorted(names):
             takes = runner.takes(name)
             tried = name in SELF_TESTED
-            said.append(f"{name}: {self_test(runner.verify, name, truths[name]) if tried else _not_tried(takes)}")
+            own = name in cfg.verifiers and name in first and first[name][1].checks[0].truth != ""
+            words = _called_once(subject.cfg, *first[name]) if own else _not_tried(takes)
+            said.append(f"{name}: {self_test(runner.verify, name, truths[name]) if tried else words}")
     finally:
         runner.close()
     return "; ".join(said)
@@ -49,6 +74,29 @@ def verifiers(subject: Subject) -> str:
 
 def _not_tried(takes: Takes) -> str:
     return f"can be called with {takes.value}; its truths are not tried as answers"
+
+
+def _called_once(cfg: Config, where: str, prompt: Prompt) -> str:
+    """A function of the user's judges the truth of a row, written as the policy would have to write it."""
+    truth, answer = prompt.checks[0].truth, cfg.reward.answer
+    think, thought, opens, closes = answer.tags
+    places = {
+        AnswerPlace.boxed: ("\\boxed{", "}"),
+        AnswerPlace.hashes: ("#### ", ""),
+        AnswerPlace.tags: (opens, closes),
+    }
+    before, behind = places.get(answer.at, ("", ""))
+    before = f"{think}{thought}{before}" if answer.thinks is Think.required else before
+    text, ids = f"{before}{truth}{behind}", np.zeros(1, np.int32)
+    twice = [
+        Sample(place, ids, None, text, False, 0, answer=truth) for place in range(2)
+    ]  # a list of one proves little
+    with closing(Checks(cfg, AnswerForm(answer, "", cfg.reward.verifier_timeout))) as checks:
+        (((part,), _),) = checks.parts([SampleGroup(prompt, ids, twice)])
+    if part.verdict.error is not None:
+        raise DataError(f"the truth of {where}, given as an answer, can't be judged: {part.verdict.error}")
+    score = part.verdict.score
+    return f"{'nothing' if score is None else f'{score:g}'} for the truth of {where}, given as an answer"
 
 
 def self_test(verify: Callable[[str, str, str], Any], name: str, truths: list[tuple[str, str]]) -> str:

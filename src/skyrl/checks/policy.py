@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from skyrl.checks.subject import Skip, Subject
-from skyrl.records import ConfigError
+from skyrl.records import ConfigError, Prompt
+from skyrl.settings import Config, RolloutConfig
 
 PICTURED = 8
 """Prompts whose pictures go through the processor."""
+
+
+def readable(subject: Subject) -> None:
+    """Seen before anything starts: the processor can be loaded, and the policy can take what the prompts hold.
+
+    Raises:
+        ConfigError: if files or packages are missing, if prompts have pictures and the policy takes text only, or, with
+            vLLM, as :func:`context`.
+    """
+    subject.encoder  # noqa: B018 -- opens it
+    with suppress(Skip):
+        pictures(subject)
+    fits(subject.cfg, subject.policy)
+
+
+def fits(cfg: Config, policy: str) -> None:
+    """As :func:`context`, with vLLM, which would say it in words of its own when it starts."""
+    if cfg.rollout.engine == RolloutConfig().engine:
+        try:
+            context(Subject(cfg, policy))
+        except Skip:
+            return
+        except ConfigError as error:
+            raise ConfigError(f"{error}; lower one of the two") from error
+
+
+def pictures(subject: Subject) -> str:
+    """A policy that takes text only gets no pictures."""
+    pictured = _pictured(subject)
+    try:
+        takes_none = subject.encoder.image_token is None
+    except Exception as error:  # whatever it is, the check of the chat template tells it
+        raise Skip("the policy's processor can't be opened") from error
+    if takes_none:
+        raise ConfigError(
+            f"model.policy={subject.cfg.model.policy} takes text only, but prompt {pictured[0].id!r} has "
+            f"{len(pictured[0].images)} picture(s); choose a vision-language model, or data without pictures"
+        )
+    return f"the policy takes them; {len(pictured)} of the prompts that were looked at have some"
 
 
 def chat_template(subject: Subject) -> str:
@@ -47,9 +88,7 @@ def stop_tokens(subject: Subject) -> str:
 
 def picture_tokens(subject: Subject) -> str:
     """The processor writes as many placeholders as it says that pictures of these sizes take."""
-    pictured = [prompt for some in subject.prompts.values() for _, prompt in some if prompt.images][:PICTURED]
-    if not pictured:
-        raise Skip("no prompt that was looked at has a picture")
+    pictured = _pictured(subject)[:PICTURED]
     encoder, counts = subject.encoder, list[int]()
     foretell = getattr(encoder.processor, "_get_num_multimodal_tokens", None)
     for prompt in pictured:
@@ -72,6 +111,14 @@ def picture_tokens(subject: Subject) -> str:
     return f"{min(counts)} to {max(counts)} in {len(pictured)} prompts, {how}"
 
 
+def _pictured(subject: Subject) -> list[Prompt]:
+    """Prompts with pictures; :class:`Skip` if there are none."""
+    found = [prompt for some in subject.prompts.values() for _, prompt in some if prompt.images]
+    if not found:
+        raise Skip("no prompt that was looked at has a picture")
+    return found
+
+
 def context(subject: Subject) -> str:
     """The longest prompt and the longest answer together have positions."""
     cfg, model = subject.cfg.rollout, _text_config(subject.policy)
@@ -81,9 +128,10 @@ def context(subject: Subject) -> str:
     scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}
     positions = int(positions * max(1.0, float(scaling.get("factor") or 1.0)))
     need = cfg.max_prompt_tokens + cfg.max_new_tokens
-    said = f"rollout.max_prompt_tokens + rollout.max_new_tokens = {need} of {positions} positions"
+    both = f"rollout.max_prompt_tokens={cfg.max_prompt_tokens} + rollout.max_new_tokens={cfg.max_new_tokens}"
+    said = f"{both} = {need} of {positions} positions"
     if need > positions:
-        raise ConfigError(said)
+        raise ConfigError(f"{said} (max_position_embeddings in the config.json of model.policy)")
     return said
 
 

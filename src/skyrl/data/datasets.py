@@ -71,10 +71,11 @@ def check_size(size: int, cfg: Config) -> None:
     Raises:
         DataError: if there are fewer training prompts than a step asks.
     """
-    wanted = cfg.rollout.prompts_per_step
+    wanted = cfg.rollout.in_flight * cfg.rollout.num_workers
     if size < wanted and cfg.data.pairs_path is None:
         mend = ", or widen data.pool_min … data.pool_max" if cfg.data.pool_path else ""
+        more = f" and oversample={cfg.rollout.oversample:g} ask {wanted}" if cfg.rollout.oversample else ""
         raise DataError(
-            f"there are {size} training prompts, but rollout.prompts_per_step={wanted}: a step would ask some of them "
-            f"twice; lower it to {size} or less{mend}"
+            f"there are {size} training prompts, but rollout.prompts_per_step={cfg.rollout.prompts_per_step}{more}: a "
+            f"step would ask some of them twice; lower it to {size} or less{mend}"
         )

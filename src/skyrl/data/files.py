@@ -7,9 +7,7 @@ rows in memory. To check everything, before a long run::
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from skyrl.data.columns import check_columns
 from skyrl.data.layouts import PICTURE_COLUMNS, TRUTHS, UNSEEN, Cells, detected, read_cells
+from skyrl.data.overlap import content
 from skyrl.data.pictures import decode_picture, picture_file, picture_outline
 from skyrl.data.reading import USUAL, Reading
 from skyrl.data.rows import Row, open_rows
@@ -28,14 +28,8 @@ from skyrl.rewards.claims import check_claims
 from skyrl.rewards.verifiers import get_verifier, verifier_reference
 from skyrl.settings import Layout
 
-COLUMNS = ("id", "question", "messages", "answer", "verifier", "kind", "facts", "images", "extra")
-"""Columns of skyrl's own layout."""
 SELF_CHECKED = ("exact", "numeric", "choice")
 """Verifiers whose truths are checked when a file is opened; they take microseconds and can't hang."""
-PICTURE_NAME = re.compile(r"image|img|picture|photo", re.IGNORECASE)
-"""What an unknown column is called that probably holds pictures."""
-
-
 Opened = Callable[[bytes, str, int], np.ndarray]
 """Makes a picture of a file: its bytes, what errors call it, most pixels."""
 
@@ -76,12 +70,14 @@ class FilePrompts:
         self._size = len(self.rows) if limit is None else min(limit, len(self.rows))
         self.hashes = np.empty(self._size, dtype=np.int64)
         """Of the ids, in order; they hold for this process only."""
+        self.contents = np.zeros(self._size, dtype=np.int64)
+        """Of what the rows ask and of their truths, without pictures (:mod:`skyrl.data.overlap`)."""
         self._verifiers = set[str]()
         if not self._size:
             raise DataError(f"{self.path}: got 0 rows; allowed: 1 or more")
         try:
             self.layout = detected(self.rows.names) if reading.layout is Layout.auto else reading.layout
-            self._check_names()
+            check_columns(self.rows.names, self.layout, self._first)
         except DataError as error:
             raise DataError(f"{self.path}: {error}") from error
         self._root = Path(reading.picture_root) if reading.picture_root else self._beside()
@@ -136,9 +132,9 @@ class FilePrompts:
                 try:
                     self.hashes[at] = hash((at,))
                     if isinstance(row, DataError):
-                        raise CellError("", str(row))
+                        raise CellError("", str(row).removeprefix(f"{self.path}, row {at}: "))
                     self.hashes[at] = hash(self._id(at, row))
-                    self._check(row | unseen)
+                    self.contents[at] = self._check(row | unseen)
                     if look is not None:
                         look(self._prompt(at, row, decode_picture))
                 except CellError as error:
@@ -159,9 +155,11 @@ class FilePrompts:
                 also = f"which is also that of row {first}"
                 yield Problem(row, "id", f"got {short(self.id(row))}, {also}; allowed: unique ids")
 
-    def _check(self, row: Row) -> None:
+    def _check(self, row: Row) -> int:
+        """Of a sound row, the hash of what it asks."""
         cells = read_cells(row, self.layout)
-        for check in self._checks(cells):
+        checks = self._checks(cells)
+        for check in checks:
             self._verifiers.add(check.verifier)
             if problem := _truth_problem(check.verifier, check.truth):
                 raise CellError("verifier" if cells.checks else self._truth_column(row), problem)
@@ -175,6 +173,7 @@ class FilePrompts:
             raise CellError("facts", str(error)) from error
         for place, stored in enumerate(cells.pictures if cells.pictures is not UNSEEN else ()):
             self._file(stored, place, read=False)
+        return content(cells.turns, checks)
 
     def _checks(self, cells: Cells) -> tuple[Check, ...]:
         """The comparisons of a row, every name known."""
@@ -195,26 +194,6 @@ class FilePrompts:
 
     def _truth_column(self, row: Row) -> str:
         return next((name for name in TRUTHS[self.layout] if row.get(name) is not None), "messages")
-
-    def _check_names(self) -> None:
-        names, known = self.rows.names, {*COLUMNS, *PICTURE_COLUMNS}
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DataError(f"column {twice[0]!r} comes twice")
-        pictured = bool({*PICTURE_COLUMNS} & set(names))
-        for name in (name for name in names if name not in known):
-            close = difflib.get_close_matches(name, known - set(names) - {"image"}, n=1, cutoff=0.8)
-            if close and self.layout is Layout.skyrl:
-                raise DataError(f"column {name!r} is unknown; did you mean {close[0]!r}? Rename or remove it")
-            if (
-                not pictured
-                and PICTURE_NAME.search(name)
-                and isinstance(self._first().get(name), (str, bytes, list, dict))
-            ):
-                # Ignoring it would make a picture data set a text data set without a word.
-                raise DataError(
-                    f"column {name!r} looks like pictures, which are read from a column 'images' or 'image' only; "
-                    "rename or remove it"
-                )
 
     def _first(self) -> Row:
         return next((row for batch in self.rows.batches() for row in batch if isinstance(row, dict)), {})

@@ -24,6 +24,7 @@ class Mixture:
         self.files = list(files)
         self.sizes = [len(file) for file in files]
         self._starts = [0, *accumulate(self.sizes)]
+        self.contents = np.concatenate([file.contents for file in files])
 
     def __len__(self) -> int:
         return self._starts[-1]

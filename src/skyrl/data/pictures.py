@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from skyrl.records import DataError
 
@@ -114,7 +114,8 @@ def _opened(content: bytes, where: str, max_pixels: int) -> Image.Image:
 
 def _unreadable(content: bytes, where: str, error: Exception) -> DataError:
     got = f"{len(content)} bytes that begin with {content[:8]!r}"
-    return DataError(f"{where}: got {got}; allowed: a PNG, JPEG or WebP file ({error})")
+    why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"  # which only says that it is none
+    return DataError(f"{where}: got {got}; allowed: a PNG, JPEG or WebP file{why}")
 
 
 def encode_png(picture: np.ndarray, where: str) -> bytes:

@@ -107,8 +107,7 @@ def remarks(rewarder: Rewarder, *parts: list[SampleGroup]) -> list[str]:
     groups = [group for part in parts for group in part]
     samples = flatten(groups)
     notes = [failures(groups, "first evaluation"), score_remark(groups, rewarder.cfg.reward)]
-    scored = any(sample.reward is not None and sample.reward.rule > 0 for sample in samples)  # by the whole text
-    if samples and not scored and not any(sample.answer for sample in samples):
+    if samples and not any(sample.answer for sample in samples) and rewarder.checks.read_answers(groups):
         text = samples[0].text
         shown = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
         notes.append(

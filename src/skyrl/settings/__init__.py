@@ -9,6 +9,7 @@ from skyrl.digits.settings import *
 from skyrl.settings.algorithm import *
 from skyrl.settings.buffer import *
 from skyrl.settings.evaluate import *
+from skyrl.settings.grpo import *
 from skyrl.settings.reward import *
 from skyrl.settings.run import *
 from skyrl.settings.system import *

@@ -111,12 +111,13 @@ class RewardConfig(WorkerConfig):
     soft_penalty_tokens: Count = 16
     """Width of the stretch before the limit in which ``soft_penalty`` acts (DAPO's L_cache), tokens."""
     verifiers: dict[str, DottedPath] = Field(default_factory=dict)
-    """Verifiers of your own, and reward functions of TRL and verl, by the name that data give them: ``{close:
+    """Verifiers of your own, and reward functions of TRL, verl and EasyR1, by the name that data give them: ``{close:
     "my_verifiers:close_enough"}``. Data can't name code."""
     verifier: str | None = None
     """Verifier of the rows that name none: a built-in one, or a name of ``verifiers``."""
     verifier_timeout: PositiveFloat = 5.0
-    """Seconds that one verifier call may take before it is killed; of a TRL function, one call judges a whole group."""
+    """Seconds that one verifier call may take before it is killed; some functions of TRL, verl and EasyR1 judge a
+    whole group in one call."""
     verifier_processes: Count = 4
     """Most processes in which a reward worker runs verifiers side by side. They start when there is work for them."""
     verifier_environment: list[str] = Field(default_factory=list)

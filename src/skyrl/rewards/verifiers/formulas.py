@@ -62,7 +62,7 @@ _NO_VALUE = (ArithmeticError, ValueError, TypeError, RecursionError, NotImplemen
 _DIGITS = 40
 """Digits of a number that is looked at."""
 _EQUAL_DIGITS = 200
-"""Numbers that agree in so many leading digits are equal."""
+"""Numbers that agree in so many digits behind the point are equal; in so many leading ones, if they are below 1."""
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
@@ -214,7 +214,7 @@ def same_expressions(left: Any, right: Any) -> bool:
 
 
 def same_values(left: Any, right: Any) -> bool | None:
-    """Whether the expressions agree in :data:`_EQUAL_DIGITS` digits at every point of :data:`_POINTS`; ``None`` if they
+    """Whether the expressions agree in :data:`_EQUAL_DIGITS` places at every point of :data:`_POINTS`; ``None`` if they
     have no values at two of them. A point with negative values counts only where all roots and logarithms are real:
     ``sqrt(1/n)`` is meant for n > 0. But ``|x|`` is not x, nor ``ln|x|`` ln x."""
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
@@ -233,10 +233,12 @@ def same_values(left: Any, right: Any) -> bool | None:
         one, two = _value(left, values), _value(right, values)
         if one is None or two is None:
             continue
-        gap = abs(sympy.N(left.subs(values) - right.subs(values), _DIGITS, maxn=2 * _EQUAL_DIGITS))
+        size = max(one, two)
+        places = _EQUAL_DIGITS + max(0, int(sympy.log(size, 10))) if size > 1 else _EQUAL_DIGITS
+        gap = abs(sympy.N(left.subs(values) - right.subs(values), _DIGITS, maxn=2 * places))
         if not isinstance(gap, sympy.Number) or not gap.is_finite:
             continue
-        if gap > max(one, two) * sympy.Float(10) ** -_EQUAL_DIGITS:
+        if gap > size * sympy.Float(10) ** -places:
             return False
         agreed += 1
     return True if agreed >= 2 - (not symbols) else None

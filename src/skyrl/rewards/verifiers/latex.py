@@ -56,7 +56,10 @@ class _Writer:
         token = self.tokens[self.place]
         self.place += 1
         if token in ("^", "_"):
-            return f"{token}{{{self.argument()}}}"
+            written = self.argument()
+            while token == self.peek() == "^":  # a^b^c is a^(b^c)
+                written += self.one()
+            return f"{token}{{{written}}}"
         if token == "\\sqrt":
             return f"\\sqrt{self.option()}{{{self.argument()}}}"
         if token == "I":  # not the imaginary unit
@@ -127,8 +130,9 @@ def to_latex(text: str) -> str:
     if {"∞", "\\infty"} & set(found) and not {"\\sum", "\\prod", "\\int", "\\lim"} & set(found):
         raise NotMathematics("infinity is no number")
     unknown = [token for token in found if token[0] == "\\" and token.partition("{")[0] not in _COMMANDS]
-    if unknown or found.count("|") % 2:
-        raise NotMathematics(f"unknown commands {unknown}, or a single |")
+    bars = found.count("|")
+    if unknown or bars % 2 or bars > MAX_DEPTH:  # which | opens and which one closes is tried in all ways
+        raise NotMathematics(f"unknown commands {unknown}, or a number of | that is odd or above {MAX_DEPTH}")
     try:
         latex = _Writer(found).run()
     except RecursionError:
