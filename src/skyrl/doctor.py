@@ -166,10 +166,11 @@ def _micro_batches(system: System, subject: Subject) -> str:
 
 
 def logprobs_at(learner: LearnerStep, groups: list[SampleGroup], tokens: int) -> list[np.ndarray]:
-    """Log-probabilities float32 [T] of every answer, in forward passes of so many padded tokens, at least one row."""
+    """Log-probabilities float32 [T] of every answer, in forward passes of so many tokens, at least one row."""
     from skyrl.learner.passes import score_groups
 
-    return score_groups(learner.backend.score, groups, learner.encoder, learner.backend.device, tokens)
+    backend = learner.backend
+    return score_groups(backend.score, groups, learner.encoder, backend.device, tokens, learner.forests)
 
 
 if __name__ == "__main__":

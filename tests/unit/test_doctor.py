@@ -33,7 +33,7 @@ from skyrl.digits.scenes import DigitScenes
 from skyrl.policy.encode import PromptEncoder
 from skyrl.records import ConfigError, DataError, Prompt, SkyrlError, SyncError
 from skyrl.run import run
-from skyrl.settings import Config, Overlong
+from skyrl.settings import AnswerPlace, Config, Overlong
 from skyrl.system import start_system
 
 SCENES = DigitScenes("train", 12, 0.5, 0)
@@ -84,7 +84,7 @@ def test_findings_and_the_error_of_a_cheap_check(monkeypatch: pytest.MonkeyPatch
         doctor.Finding("none", "skip", "not here"),
         doctor.Finding("bad", "fail", "row 3 is broken", "mend it"),
         doctor.Finding("worse", "fail", "KeyError: 'x'", "see there"),
-        doctor.Finding("after", "skip", "needs the check 'bad', which failed"),
+        doctor.Finding("after", "skip", "needs the check 'bad', which failed or could not be made"),
     ]
     monkeypatch.setattr(every, "CHECKS", checks)
     with pytest.raises(DataError, match=r"^row 3 is broken\nbad: mend it$"):
@@ -218,15 +218,40 @@ def test_self_test_finds_verifiers_that_say_right_too_often() -> None:
     assert data.self_test(verdicts(lambda *_: 1.0), "kind", same) == "3 truths right, 0 of 0 of other rows wrong"
 
 
-def test_own_verifiers_are_imported_and_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "graders.py").write_text("def close(answer, truth):\n    return 0.0\n")
+def test_own_verifiers_are_called_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "graders.py").write_text(
+        "def close(answer, truth):\n    return 0.5 if answer == truth else 2.0\n"
+        "def text(answer, truth):\n    return '1'\n"
+        "def trl(completions, answer, **kw):\n"
+        "    return [None if truth == '2' else float(len(text)) for text, truth in zip(completions, answer)]\n"
+        "def short(completions, **kw):\n    return [1.0]\n"
+        "def verl(solution_str, ground_truth):\n    raise RuntimeError(solution_str)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     cfg = Config()
-    cfg.reward.verifiers = {"close": "graders:close"}
-    assert data.verifiers(subject([plain("1", "close")], cfg=cfg)).startswith("close: can be called with answer")
-    cfg.reward.verifiers = {"close": "graders:lost"}
-    with pytest.raises(DataError, match=r"'close'.*lost"):
-        data.verifiers(subject([plain("1", "close")], cfg=cfg))
+
+    def said(name: str, *truths: str) -> str:
+        cfg.reward.verifiers = {name: f"graders:{name}"}
+        return data.verifiers(subject([plain(truth, name) for truth in truths], cfg=cfg))
+
+    assert said("close", "1", "2") == "close: 0.5 for the truth of train row 0, given as an answer"
+    assert said("close", "") == "close: can be called with answer; its truths are not tried as answers"
+    assert (
+        said("trl", "1")
+        == f"trl: {len('<think></think><answer>1</answer>')} for the truth of train row 0, given as an answer"
+    )
+    assert said("trl", "2") == "trl: nothing for the truth of train row 0, given as an answer"
+    cfg.reward.answer.at = AnswerPlace.boxed
+    assert said("trl", "1").startswith("trl: 9 for")  # \\boxed{1}
+    for name, message in (("text", "verifier 'text': DataError: .*'1' .str"), ("verl", r"RuntimeError: .boxed\{1\}")):
+        with pytest.raises(
+            DataError, match=f"^the truth of train row 0, given as an answer, can't be judged: .*{message}"
+        ):
+            said(name, "1")
+    with pytest.raises(DataError, match=r"'short': .*needed: a list of 2 numbers"):
+        said("short", "1")
+    with pytest.raises(DataError, match=r"'lost'.*lost"):
+        said("lost", "1")
 
 
 def test_long_prompts_are_named_by_row() -> None:
@@ -251,6 +276,34 @@ def test_chat_template_stop_tokens_and_pictures_of_the_embedded_policy(folder: s
     assert policy.picture_tokens(one).endswith("in 8 prompts, as the processor counts them")
     with pytest.raises(Skip):
         policy.picture_tokens(subject([plain("1")], encoder=one.encoder))
+
+
+def test_a_policy_of_text_gets_no_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made, cfg = encoder(), Config()
+    assert "the policy takes them; 9 of" in policy.pictures(subject(encoder=made))
+    policy.readable(subject(encoder=made, policy=str(tmp_path)))
+    monkeypatch.setattr(made, "image_token", None)
+    for look in (policy.pictures, policy.readable):
+        with pytest.raises(
+            ConfigError, match=r"^model\.policy=\S+ takes text only, but prompt 'train/0' has 1 picture"
+        ):
+            look(subject(encoder=made, policy=str(tmp_path)))
+    with pytest.raises(Skip):
+        policy.pictures(subject([plain("1")], encoder=made))
+    # What the picture tokens and the lengths would say once more, with another remedy, is not said.
+    cfg.rollout.prompts_per_step = 4
+    one = subject(cfg=cfg, encoder=made, policy=str(tmp_path))
+    found = {finding.name: finding.status for finding in run_checks(one, CHECKS[2:])}
+    assert [found[name] for name in ("data", "pictures", "chat template", "picture tokens", "prompt lengths")] == [
+        *("pass", "fail", "skip", "skip", "skip")
+    ]
+    # Before anything starts, but only where vLLM would refuse it.
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 100}))
+    cfg.rollout.max_prompt_tokens, cfg.rollout.max_new_tokens = 60, 41
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens=60 \+ rollout\.max_new_tokens=41 = 101 .*; lower one of"):
+        policy.fits(cfg, str(tmp_path))
+    cfg.rollout.engine = "plain_engine:PlainEngine"
+    policy.fits(cfg, str(tmp_path))
 
 
 def test_an_answer_that_does_not_come_back_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +422,7 @@ def test_what_an_engine_and_a_learner_say(folder: str, tmp_path: Path, monkeypat
         with pytest.raises(SyncError, match=r"one by one and together differ by up to 0\.01 nats"):
             checks[1].look(one)
         assert called == [1, cfg.learner.micro_batch_tokens]
-        monkeypatch.setattr(system.syncer, "_send", lambda version: {})
+        monkeypatch.setattr(system.syncer, "_send", lambda version, base: 0.0)
         system.rollouts.members[0].build().engine.model.get_output_embeddings().weight.data += 0.5 * torch.randn(1)
         system.rollouts.members[0].build().engine.model.get_output_embeddings().weight.data *= 2
         with pytest.raises(SkyrlError, match="differ in log-probability"):

@@ -389,6 +389,19 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(monkeypatch: pytest.M
     torch.testing.assert_close(again[1]["pixel_values"].mean(), torch.tensor(-0.6))
 
 
+def test_large_pictures_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = encoder()
+    ids, pictures = maker.encode_anew(prompt("a", picture(0)))
+    size = ids.nbytes + sum(tensor.nbytes for tensor in pictures.values())
+    monkeypatch.setattr(encode, "CACHED_BYTES", int(2.5 * size))
+    for name in "abcab":
+        maker.encode(prompt(name, picture(0)))
+    assert list(maker._cache) == [("a", ""), ("b", "")] and maker._cached_bytes == 2 * size
+    monkeypatch.setattr(encode, "CACHED_BYTES", 1)
+    maker.encode(prompt("d", picture(0)))
+    assert list(maker._cache) == [("d", "")]
+
+
 def test_another_variant_of_a_prompt_is_another_prompt() -> None:
     maker = encoder()
     seen = prompt("x", picture(0))

@@ -19,6 +19,7 @@ from learner_runs import distance, gradient_error
 from skyrl.learner.files import FILE
 from skyrl.learner.step import LearnerStep
 from skyrl.monitoring.metrics import check_names
+from skyrl.policy.attention import NAME, attention_of
 from skyrl.policy.module import module_of
 from skyrl.records import ConfigError, SkyrlError, TrainBatch
 from skyrl.settings import Trainable
@@ -75,6 +76,23 @@ def test_two_steps_equal_the_float64_oracle(policy: str, masked: bool) -> None:
     want_weights = learner_oracle.adamw(weights[0], gradients, [2.5e-5, 5e-5], cfg)
     assert distance(weights[2], want_weights) < 1e-6
     assert distance(weights[2], weights[0]) > 1e-5
+
+
+def test_rows_of_their_own_give_the_same(policy: str) -> None:
+    """The setting turns shared rows off, down to the attention function."""
+    seen = []
+    for shared in (True, False):
+        learner = joined(plain_settings(shared_rows=shared), policy)
+        assert attention_of(learner.backend.model) == ({NAME} if shared else {"sdpa"})
+        batch = make_batch(learner.encoder, 1)
+        scores = np.concatenate(learner.logprobs(groups_of(batch)))
+        metrics = learner.train_step(batch)
+        assert metrics.pop("learner/shared_rows") == shared
+        del metrics["learner/micro_batches"]
+        seen.append((metrics, weights_of(learner), scores))
+    assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5, abs=1e-6)
+    assert distance(seen[0][1], seen[1][1]) < 1e-6
+    np.testing.assert_allclose(seen[0][2], seen[1][2], atol=1e-5)
 
 
 def test_masked_tokens_count_for_nothing(policy: str) -> None:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skyrl.policy.packing import distinct_rows, ghost_row, plan_micro_batches
+from skyrl.policy.packing import (
+    Row,
+    common_beginning,
+    distinct_rows,
+    forest_tokens,
+    ghost_row,
+    plan_forests,
+    plan_micro_batches,
+)
 from skyrl.records import PreferencePair, Prompt, Sample, TrainItem
 
 
@@ -86,6 +94,88 @@ def test_by_hand() -> None:
     assert plan_micro_batches([9, 5, 5, 1], [PreferencePair(3, 0, 1.0)], 1, 18) == [[[0, 3], [1, 2]]]
     assert plan_micro_batches([7], [], 3, 10) == [[[0]], [[]], [[]]]
     assert plan_micro_batches([], [], 2, 10) == [[], []]
+
+
+# ---------------------------------------------------------------- forests
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> tuple[list[Row], list[PreferencePair], int, int]:
+    """Up to four prompts with answers that begin alike; pairs within a prompt or with its blind variant."""
+    count = draw(st.integers(0, 24))
+    owners = draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
+    pairs, rows = [], []
+    for i, owner in enumerate(owners):
+        answer = np.array(draw(st.lists(st.integers(0, 1), min_size=1, max_size=8)), np.int32)
+        free = [j for j in range(i) if owners[j] == owner and all(j not in (p.chosen, p.rejected) for p in pairs)]
+        blind = False
+        if free and draw(st.booleans()):
+            pairs.append(PreferencePair(free[0], i, 1.0))
+            blind = draw(st.booleans())
+        prompt = Prompt(str(owner), "q", (), "1", "exact", variant="blind" if blind else "")
+        rows.append((prompt, np.zeros(3 + 7 * owner, np.int32), answer))
+    return rows, pairs, draw(st.integers(1, 5)), draw(st.integers(1, 120))
+
+
+def tokens(rows: list[Row], part: list[int]) -> int:
+    return forest_tokens([rows[i] for i in part])
+
+
+@settings(deadline=None)
+@given(forests())
+def test_forests_run_every_item_once_and_pairs_together(step: tuple[list[Row], list[PreferencePair], int, int]) -> None:
+    rows, pairs, ranks, budget = step
+    plan = plan_forests(rows, pairs, ranks, budget)
+    assert plan == plan_forests(list(rows), list(pairs), ranks, budget)
+    assert len(plan) == ranks and len({len(parts) for parts in plan}) == 1
+    assert sorted(i for parts in plan for part in parts for i in part) == list(range(len(rows)))
+    members = {frozenset((pair.chosen, pair.rejected)) for pair in pairs}
+    for parts in plan:
+        filled = [bool(part) for part in parts]
+        assert filled == sorted(filled, reverse=True)
+        for part in parts:
+            assert tokens(rows, part) <= budget or len(part) == 1 or frozenset(part) in members
+            assert all(pair <= set(part) or not pair & set(part) for pair in members)
+    if rows:
+        assert any(all(parts) for parts in plan)
+
+
+def answers(name: str, prompt: int, *lengths: int) -> list[Row]:
+    """Answers that have nothing in common."""
+    asked = Prompt(name, "q", (), "1", "exact")
+    return [(asked, np.zeros(prompt, np.int32), np.full(t, i, np.int32)) for i, t in enumerate(lengths)]
+
+
+def test_forests_by_hand() -> None:
+    rows = [*answers("a", 10, 5, 5), *answers("b", 10, 5), *answers("a", 10, 9, 9)]
+    # Prompt a: the second 5 ends where the second 9 goes on, so 10 + 9 + 9 tokens; b: 15.
+    assert tokens(rows, [0, 1, 3, 4]) == 28 and tokens(rows, [2]) == 15
+    assert [sorted(part) for part in plan_forests(rows, [], 1, 43)[0]] == [[0, 1, 2, 3, 4]]
+    assert [sorted(part) for part in plan_forests(rows, [], 1, 42)[0]] == [[0, 1, 3, 4], [2]]
+    # Larger than the budget: cut, and what begins alike stays together.
+    assert sorted(sorted(part) for part in plan_forests(rows, [], 1, 19)[0]) == [[0, 3], [1, 4], [2]]
+    assert plan_forests([], [], 2, 10) == [[], []]
+
+
+def test_a_single_prompt_is_shared_by_the_ranks() -> None:
+    rows = answers("a", 1000, *[100] * 32)
+    plan = plan_forests(rows, [], 4, 8192)
+    assert [[len(part) for part in parts] for parts in plan] == [[8]] * 4
+    # Two of three ranks would have twice the work of the third if no prompt were run twice.
+    rows = [row for name in "abcd" for row in answers(name, 100, *[100] * 8)]
+    loads = [sum(tokens(rows, part) for part in parts) for parts in plan_forests(rows, [], 3, 8192)]
+    assert max(loads) == 1500 < 1800
+    # Even as they are: no prompt runs twice.
+    plan = plan_forests(rows, [], 2, 8192)
+    assert sum(tokens(rows, part) for parts in plan for part in parts) == 4 * 900
+
+
+def test_common_beginning() -> None:
+    for one, other, want in (([], [], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 3], 1), ([1], [1, 5], 1), ([2], [1], 0)):
+        assert common_beginning(np.array(one, np.int32), np.array(other, np.int32)) == want
+
+
+# ---------------------------------------------------------------- ghosts
 
 
 def item(prompt_tokens: int, answer_tokens: int, picture: bool) -> TrainItem:

@@ -12,6 +12,7 @@ import torch
 from skyrl.data.pictures import mask_picture
 from skyrl.evaluation.picture_drop import masked_group
 from skyrl.learner.passes import Rows, Share, distinct_share, score_groups, score_share
+from skyrl.policy.attention import share_prompts
 from skyrl.policy.encode import EncodedBatch
 from skyrl.policy.module import PolicyModule
 from skyrl.records import PreferencePair, Prompt, Sample, SampleGroup, TrainBatch, TrainItem
@@ -38,15 +39,20 @@ ANSWERS = ("<answer>12</answer>", "7", "<think>I see 1</think>", "<answer>9")
 
 
 class Policy:
-    """Log-probabilities of a real tiny model, and how many rows each pass had."""
+    """Log-probabilities of a real tiny model, and how many answers each pass had."""
 
     def __init__(self) -> None:
         self.encoder = tiny_models.encoder()
-        self.module = PolicyModule(tiny_models.random_model(), self.encoder.forbidden_token_ids())
+        model = tiny_models.random_model()
+        share_prompts(model)
+        self.module = PolicyModule(model, self.encoder.forbidden_token_ids())
         self.passes: list[int] = []
 
     def __call__(self, rows: EncodedBatch) -> torch.Tensor:
-        self.passes.append(len(rows.input_ids))
+        starts = rows.answer_mask[:, 1:] & ~rows.answer_mask[:, :-1]
+        if rows.parents is not None:  # branches that begin behind a trunk; no two answers here begin alike
+            starts = rows.answer_mask[0] & ~rows.answer_mask[0, rows.parents]
+        self.passes.append(int(starts.sum()))
         return self.module(rows)[0]
 
     def groups(self) -> list[SampleGroup]:
@@ -61,29 +67,34 @@ def policy() -> Policy:
     return Policy()
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "forest"])
+def forest(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 def one_by_one(policy: Policy, group: SampleGroup) -> np.ndarray:
     """The first sample of the group, in a pass of its own."""
     return score_groups(policy, [replace(group, samples=group.samples[:1])], policy.encoder, CPU, 1)[0]
 
 
-def test_groups_are_scored_within_the_token_budget(policy: Policy) -> None:
+def test_groups_are_scored_within_the_token_budget(policy: Policy, forest: bool) -> None:
     groups = policy.groups()
     policy.passes.clear()
     alone = [one_by_one(policy, replace(g, samples=[s])) for g in groups for s in g.samples]
     assert policy.passes == [1] * 8
     policy.passes.clear()
     longest = max(len(g.prompt_ids) + len(s.token_ids) for g in groups for s in g.samples)
-    cut = score_groups(policy, groups, policy.encoder, CPU, 3 * longest)
+    cut = score_groups(policy, groups, policy.encoder, CPU, 3 * longest, forest)
     assert max(policy.passes) >= 3 and len(policy.passes) > 1 and sum(policy.passes) == 8
     for got, want in zip(cut, alone, strict=True):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, want, atol=2e-5)
-    assert score_groups(policy, [], policy.encoder, CPU, 100) == []
+    assert score_groups(policy, [], policy.encoder, CPU, 100, forest) == []
 
 
-def share(policy: Policy, parts: list[list[int]]) -> Share:
+def share(policy: Policy, parts: list[list[int]], forest: bool) -> Share:
     items = [TrainItem(g.prompt, g.prompt_ids, g.samples[0], 0.0) for g in policy.groups()]
-    return Share.of(step_of(items, [PreferencePair(0, 3, 1.0)]), parts, policy.encoder, CPU)
+    return Share.of(step_of(items, [PreferencePair(0, 3, 1.0)]), parts, policy.encoder, CPU, forest)
 
 
 def step_of(items: list[TrainItem], pairs: list[PreferencePair] | None = None) -> TrainBatch:
@@ -96,9 +107,9 @@ def repeated(policy: Policy) -> list[TrainItem]:
     return [TrainItem(g.prompt, g.prompt_ids, g.samples[0], 0.0) for g in (groups[i] for i in (0, 1, 0, 0, 2))]
 
 
-def test_equal_rows_run_once_and_keep_their_places(policy: Policy) -> None:
+def test_equal_rows_run_once_and_keep_their_places(policy: Policy, forest: bool) -> None:
     batch = step_of(repeated(policy))
-    step = Share.of(batch, [[0, 1, 2], [3, 4]], policy.encoder, CPU)
+    step = Share.of(batch, [[0, 1, 2], [3, 4]], policy.encoder, CPU, forest)
     every = [one_by_one(policy, g) for g in policy.groups()]
     for collective in (False, True):
         policy.passes.clear()
@@ -113,32 +124,32 @@ def test_equal_rows_run_once_and_keep_their_places(policy: Policy) -> None:
     assert distinct_share(batch) == pytest.approx(3 / 5)
     policy.passes.clear()
     groups = [policy.groups()[0]] * 3
-    scored = score_groups(policy, groups, policy.encoder, CPU, 10_000)
+    scored = score_groups(policy, groups, policy.encoder, CPU, 10_000, forest)
     assert policy.passes == [2]
     assert all(np.array_equal(scored[i], scored[i % 2]) for i in range(6))
 
 
-def test_gradients_of_equal_rows_add_up(policy: Policy) -> None:
+def test_gradients_of_equal_rows_add_up(policy: Policy, forest: bool) -> None:
     """Σ w_i log π(row i) has the same gradient whether equal rows run once or each by itself."""
     items, weights = repeated(policy), [1.0, -2.0, 0.5, 3.0, 1.0]
     rows = [(item.prompt, item.prompt_ids, item.sample.token_ids) for item in items]
     lengths = torch.tensor([len(row[2]) for row in rows])
     per_token = torch.tensor(weights).repeat_interleave(lengths)
-    once = Rows.of(rows, policy.encoder, CPU)
+    once = Rows.of(rows, policy.encoder, CPU, forest)
     gradients = []
     for encoded, places in ((once.encoded, once.places), (policy.encoder.collate(rows), slice(None))):
         policy.module.zero_grad()
         (per_token * policy.module(encoded)[0][places]).sum().backward()
         gradients.append({n: p.grad.clone() for n, p in policy.module.named_parameters() if p.grad is not None})
-    assert len(once.encoded.input_ids) == 3 and gradients[0]
+    assert len(once.encoded.input_ids) == (1 if forest else 3) and gradients[0]
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("collective", [False, True])
-def test_only_wanted_items_are_sure_to_be_scored(policy: Policy, collective: bool) -> None:
+def test_only_wanted_items_are_sure_to_be_scored(policy: Policy, collective: bool, forest: bool) -> None:
     every = [one_by_one(policy, g) for g in policy.groups()]
-    step = share(policy, [[2, 0], [3, 1], []])
+    step = share(policy, [[2, 0], [3, 1], []], forest)
     policy.passes.clear()
     found = score_share(policy, step, {0, 3}, policy.encoder, CPU, collective)
     # Whole micro-batches with their ghosts (the text-only and the empty one have one), or single rows.

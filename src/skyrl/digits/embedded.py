@@ -48,7 +48,7 @@ CODE = {
     "policy/encode.py": "PromptEncoder.__init__ PromptEncoder._ids PromptEncoder._turn_end "
     "PromptEncoder.answer_ids PromptEncoder.chat_text PromptEncoder.check_question PromptEncoder.collate "
     "PromptEncoder.encode PromptEncoder.encode_anew "
-    "PromptEncoder.ended PromptEncoder.forbidden_token_ids PromptEncoder.text_ids TAGS _join",
+    "PromptEncoder.ended PromptEncoder.forbidden_token_ids PromptEncoder.text_ids TAGS _bytes_of _join",
     "records.py": "Prompt.conversation Prompt.key",
     "rewards/reward_model.py": "RewardModel.__init__ RewardModel._likelihoods RewardModel.features "
     "RewardModel.forward RewardModel.judge RewardModel.save RewardModel.states",

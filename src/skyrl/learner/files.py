@@ -20,8 +20,9 @@ def layout(cfg: Config) -> dict[str, object]:
         "learner.backend": cfg.learner.backend,
         "learner.num_workers": cfg.learner.num_workers,
         "learner.zero_stage": cfg.learner.zero_stage,
+        "learner.offload": cfg.learner.offload.value,
         "learner.trainable": cfg.learner.trainable.value,
-        "learner.lora": cfg.learner.lora.model_dump(),
+        "learner.lora": cfg.learner.lora.model_dump(exclude={"sync"}),
         "model.dtype": cfg.model.dtype,
     }
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from skyrl.policy.encode import EncodedBatch, PromptEncoder
-from skyrl.policy.packing import MicroBatch, Row, distinct_rows, ghost_row, plan_micro_batches
-from skyrl.records import SampleGroup, TrainBatch, TrainItem
+from skyrl.policy.forest import collate_forest
+from skyrl.policy.packing import MicroBatch, Row, distinct_rows, ghost_row, plan_forests, plan_micro_batches
+from skyrl.records import PreferencePair, SampleGroup, TrainBatch, TrainItem
 
 Forward = Callable[[EncodedBatch], torch.Tensor]
 """Log-probabilities [N] of the answer tokens of a batch."""
@@ -18,16 +19,19 @@ Forward = Callable[[EncodedBatch], torch.Tensor]
 
 @dataclass(slots=True)
 class Rows:
-    """Rows for one forward pass, equal ones only once."""
+    """Rows for one forward pass, with nothing twice: equal ones, or in a forest whatever two have in common."""
 
     encoded: EncodedBatch
-    """The distinct rows, with M answer tokens."""
+    """The distinct rows, or the forest, with M answer tokens."""
     places: torch.Tensor
     """int64 [N]: of each answer token of all rows, row after row, its place among the M: ``logprobs[places]`` are all
-    rows' log-probabilities, and the gradients of equal rows add up."""
+    rows' log-probabilities, and the gradients of equal ones add up."""
 
     @classmethod
-    def of(cls, rows: Sequence[Row], encoder: PromptEncoder, device: torch.device) -> Rows:
+    def of(cls, rows: Sequence[Row], encoder: PromptEncoder, device: torch.device, forest: bool) -> Rows:
+        if forest:
+            encoded, places = collate_forest(rows, encoder)
+            return cls(encoded.to(device), torch.from_numpy(places).to(device))
         kept, of_row = distinct_rows(rows)
         lengths = [len(answer_ids) for _, _, answer_ids in kept]
         starts = np.cumsum([0, *lengths])
@@ -35,7 +39,17 @@ class Rows:
         return cls(encoder.collate(kept).to(device), torch.from_numpy(places).to(device))
 
 
-def _row(item: TrainItem) -> Row:
+def plan_rows(
+    rows: Sequence[Row], pairs: list[PreferencePair], num_ranks: int, token_budget: int, forest: bool
+) -> list[list[MicroBatch]]:
+    """Each rank's micro-batches, of forests or of plain rows."""
+    if forest:
+        return plan_forests(rows, pairs, num_ranks, token_budget)
+    lengths = [len(prompt_ids) + len(answer_ids) for _, prompt_ids, answer_ids in rows]
+    return plan_micro_batches(lengths, pairs, num_ranks, token_budget)
+
+
+def row_of(item: TrainItem) -> Row:
     return item.prompt, item.prompt_ids, item.sample.token_ids
 
 
@@ -48,12 +62,16 @@ class Share:
     parts: list[MicroBatch]
     rows: list[Rows]
     """Of each micro-batch, the rows of its items, then of its ghost if it has one."""
+    forest: bool
 
     @classmethod
-    def of(cls, batch: TrainBatch, parts: list[MicroBatch], encoder: PromptEncoder, device: torch.device) -> Share:
+    def of(
+        cls, batch: TrainBatch, parts: list[MicroBatch], encoder: PromptEncoder, device: torch.device, forest: bool
+    ) -> Share:
         with_ghosts = [(part, ghost_row(batch.items, part)) for part in parts]
         run = [part if ghost is None else [*part, ghost] for part, ghost in with_ghosts]
-        return cls(batch, parts, [Rows.of([_row(batch.items[i]) for i in part], encoder, device) for part in run])
+        rows = [Rows.of([row_of(batch.items[i]) for i in part], encoder, device, forest) for part in run]
+        return cls(batch, parts, rows, forest)
 
     def tokens(self, part: MicroBatch) -> int:
         """Answer tokens of a micro-batch, masked ones too, without its ghost's."""
@@ -62,7 +80,7 @@ class Share:
 
 def distinct_share(batch: TrainBatch) -> float:
     """Share of the step's items that are left when equal answers to one prompt count once."""
-    return len(distinct_rows([_row(item) for item in batch.items])[0]) / len(batch.items)
+    return len(distinct_rows([row_of(item) for item in batch.items])[0]) / len(batch.items)
 
 
 @torch.no_grad()
@@ -87,7 +105,7 @@ def score_share(
         filled = torch.zeros(share.tokens(part), device=device)
         if keep:
             kept = np.repeat([i in wanted for i in part], [len(share.batch.items[i].sample.token_ids) for i in part])
-            some = Rows.of([_row(share.batch.items[i]) for i in keep], encoder, device)
+            some = Rows.of([row_of(share.batch.items[i]) for i in keep], encoder, device, share.forest)
             filled[torch.from_numpy(kept).to(device)] = forward(some.encoded)[some.places]
         found.append(filled)
     return found
@@ -95,15 +113,19 @@ def score_share(
 
 @torch.no_grad()
 def score_groups(
-    forward: Forward, groups: list[SampleGroup], encoder: PromptEncoder, device: torch.device, token_budget: int
+    forward: Forward,
+    groups: list[SampleGroup],
+    encoder: PromptEncoder,
+    device: torch.device,
+    token_budget: int,
+    forest: bool = False,
 ) -> list[np.ndarray]:
     """Log-probabilities float32 [T] of every sample of the groups, in order, in micro-batches of ``token_budget``."""
     rows, places = distinct_rows([(g.prompt, g.prompt_ids, s.token_ids) for g in groups for s in g.samples])
-    lengths = [len(prompt_ids) + len(answer_ids) for _, prompt_ids, answer_ids in rows]
     found: dict[int, np.ndarray] = {}
-    for part in plan_micro_batches(lengths, [], 1, token_budget)[0]:
-        some = [rows[i] for i in part]
-        flat = forward(encoder.collate(some).to(device)).cpu().numpy()
-        ends = np.cumsum([len(answer_ids) for _, _, answer_ids in some])[:-1]
+    for part in plan_rows(rows, [], 1, token_budget, forest)[0]:
+        some = Rows.of([rows[i] for i in part], encoder, device, forest)
+        flat = forward(some.encoded)[some.places].cpu().numpy()
+        ends = np.cumsum([len(rows[i][2]) for i in part])[:-1]
         found |= dict(zip(part, np.split(flat, ends), strict=True))
     return [found[place] for place in places]

@@ -8,21 +8,21 @@ is used, so that the driver can name these methods without it.
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skyrl.learner.files import export_policy, read_state, write_state
+from skyrl.learner.requirements import require_finite, require_records
 from skyrl.learner.schedule import learning_rate, refresh_due, stage_progress
 from skyrl.objective.hybrid import active_terms, hybrid_loss, imported, merge_stats, run_terms, step_metrics
 from skyrl.objective.mpo import Mpo, RunningDelta, pair_members, uses_delta
 from skyrl.objective.term import Counts, Stats, Term, recorded_on_policy
-from skyrl.policy.packing import plan_micro_batches
-from skyrl.records import Metrics, SampleGroup, SkyrlError, TrainBatch, WeightSnapshot
+from skyrl.records import Metrics, SampleGroup, TrainBatch, WeightSnapshot
 from skyrl.settings import Config
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from skyrl.learner.reference import Reference
     from skyrl.policy.encode import PromptEncoder
     from skyrl.policy.module import PolicyModule
+    from skyrl.policy.tower import TowerFeatures
     from skyrl.sync.snapshot import Layout
 
 
@@ -53,7 +54,10 @@ class LearnerStep:
         self.terms: list[Term] = []
         self.encoder: PromptEncoder
         self.backend: Backend
+        self.forests = False
+        """Answers to a prompt share its row (:mod:`skyrl.policy.forest`); found out by :meth:`join`."""
         self.reference: Reference | None = None
+        self.features: TowerFeatures | None = None
 
     # ------------------------------------------------------------ start
 
@@ -80,16 +84,22 @@ class LearnerStep:
         self.terms = run_terms(self.cfg.algorithm)
         self.encoder = PromptEncoder.configured(self.policy_folder, self.cfg)
         # Not before: it imports transformers, which must find what the encoder put in the place of torchvision.
-        from skyrl.sync.saved_form import SavedForm
+        from skyrl.learner.trial import forests_agree
+        from skyrl.policy.tower import TowerFeatures
+        from skyrl.sync.outgoing import Outgoing
 
+        if self.cfg.learner.zero_stage < 3 and (room := self.cfg.learner.tower_cache_gib):
+            self.features = TowerFeatures(room * 2**30)
         compares = any(term.uses_reference for term in self.terms)
         backend = imported(self.cfg.learner.backend, "learner.backend")
         self.backend = backend(self.cfg, self._start, self.rank, host, port, compares)
+        self.forests = self.cfg.learner.shared_rows and forests_agree(self.backend, self.encoder)
         self.reference = Reference(self.backend) if compares else None
-        self._saved_form = SavedForm(self.backend.model, self._own_layout())
+        self._outgoing = Outgoing(self.backend.model, self.cfg.learner.lora)
 
     def _start(self) -> PolicyModule:
         """The starting policy, with what is not trained frozen."""
+        from skyrl.policy.attention import share_prompts
         from skyrl.policy.lora import add_lora
         from skyrl.policy.module import TRAINED, PolicyModule, freeze, load_policy
 
@@ -99,6 +109,10 @@ class LearnerStep:
             add_lora(model, self.cfg.learner.lora, TRAINED[self.cfg.learner.trainable])
         if self.cfg.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.cfg.learner.shared_rows:
+            share_prompts(model)
+        if self.features is not None:
+            self.features.serve(model)
         return PolicyModule(model, self.encoder.forbidden_token_ids(), self.cfg.rollout.temperature)
 
     # ------------------------------------------------------------ one step
@@ -114,18 +128,18 @@ class LearnerStep:
             SkyrlError: on every rank, if a loss, a statistic or the gradient is not finite; the policy stays as it was.
                 Also for a batch that can't be trained on as it is.
         """
-        from skyrl.learner.passes import Share, distinct_share
+        from skyrl.learner.passes import Share, distinct_share, plan_rows, row_of
 
         counts = Counts.of(batch, self.cfg.rollout.max_new_tokens)
         if counts.tokens == 0:
             return {"learner/tokens": 0.0, "learner/micro_batches": 0.0, "mpo/pairs": float(counts.pairs)}
-        _require_records(batch)
+        require_records(batch)
         active = active_terms(self.terms, batch)
         trained = [term for term, _ in active]
-        lengths = [len(item.prompt_ids) + len(item.sample.token_ids) for item in batch.items]
+        rows = [row_of(item) for item in batch.items]
         world_size, budget = self.cfg.learner.num_workers, self.cfg.learner.micro_batch_tokens
-        plan = plan_micro_batches(lengths, batch.pairs, world_size, budget)[self.rank]
-        share = Share.of(batch, plan, self.encoder, self.backend.device)
+        plan = plan_rows(rows, batch.pairs, world_size, budget, self.forests)[self.rank]
+        share = Share.of(batch, plan, self.encoder, self.backend.device, self.forests)
         compared = set().union(*(term.compared(batch) for term in trained))
         references = self._score(partial(self.backend.score, reference=True), share, compared)
         metrics = self._update_delta(share, references, trained)
@@ -137,20 +151,32 @@ class LearnerStep:
         metrics |= step_metrics(active, totals, counts)
         # Before the optimizer sees the gradient. The metrics are sums over ranks, so all of them stop here.
         for name, value in metrics.items():
-            _require_finite(batch.step, name, value)
+            require_finite(batch.step, name, value)
         lr = learning_rate(self.cfg.learner, batch.step, self.cfg.controller.steps)
         norm = self.backend.update(lr) if has_gradient else 0.0
         if self.cfg.model.dtype != "float16":  # float16 has a loss scale that is found by stepping over overflows
-            _require_finite(batch.step, "the gradient norm", norm)
+            require_finite(batch.step, "the gradient norm", norm)
         metrics |= self._refresh_reference(batch.step, trained, metrics.get("mpo/kl_reference"))
+        metrics |= self._tower_hits()
         return metrics | {
             "mpo/pairs": float(counts.pairs),
             "learner/grad_norm": norm,
             "learner/lr": lr,
             "learner/tokens": float(counts.tokens),
             "learner/distinct_share": distinct_share(batch),
+            "learner/shared_rows": float(self.forests),
             "learner/micro_batches": float(len(share.parts)),
         }
+
+    def _tower_hits(self) -> Metrics:
+        """Of the pictures asked for since the last step. Nothing where no tower was asked."""
+        import torch
+
+        if self.features is None:
+            return {}
+        own = torch.tensor(self.features.counts(), dtype=torch.float64, device=self.backend.device)
+        asked, ran = self.backend.reduce(own, "sum").tolist()
+        return {"learner/tower_hits": 1 - ran / asked} if asked else {}
 
     def _score(self, forward: Forward, share: Share, wanted: set[int]) -> list[Tensor | None]:
         from skyrl.learner.passes import score_share
@@ -179,7 +205,7 @@ class LearnerStep:
         own = sum(reward_sum(batch, part, reference, mpo.beta, start, unknown) for part, reference, start in parts)
         total = torch.tensor([own], dtype=torch.float64, device=self.backend.device)
         mean = float(self.backend.reduce(total, "sum")) / (2 * len(batch.pairs))
-        _require_finite(batch.step, "the mean implicit reward", mean)
+        require_finite(batch.step, "the mean implicit reward", mean)
         return {"mpo/delta": self.delta.update(mean)}
 
     def _backward(
@@ -219,43 +245,44 @@ class LearnerStep:
     # ------------------------------------------------------------ log-probabilities and weights
 
     def logprobs(self, groups: list[SampleGroup]) -> list[np.ndarray]:
-        """log π_θ float32 [T] of every sample, in order. Collective under ZeRO-3: the same groups on every rank."""
+        """log π_θ float32 [T] of every sample, in order, by the weights that a rollout worker gets (with ZeRO-3, whose
+        weights are cut, factors of LoRA stay beside theirs). Collective under ZeRO-3: the same groups on every rank."""
         from skyrl.learner.passes import score_groups
+        from skyrl.policy.lora import computing_merged
 
-        budget = self.cfg.learner.micro_batch_tokens
-        return score_groups(self.backend.score, groups, self.encoder, self.backend.device, budget)
+        budget, lora = self.cfg.learner.micro_batch_tokens, self.cfg.learner.lora
+        apart = lora.rank > 0 and not self.backend.collective
+        with computing_merged(self.backend.model, lora) if apart else nullcontext():
+            return score_groups(self.backend.score, groups, self.encoder, self.backend.device, budget, self.forests)
 
     def policy_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The whole tensors of a saved checkpoint of the policy, by name. Collective under ZeRO-3: every rank must run
         through all of them."""
-        return self._saved_form.of(self._own_parameters())
+        return self._outgoing.saved(self.backend.parameters())
 
     def policy_layout(self) -> Layout:
         """Names, types and whole shapes of :meth:`policy_parameters`; gathers nothing."""
-        return self._saved_form.layout
+        return self._outgoing.saved_layout
 
-    def snapshot(self, version: int) -> WeightSnapshot | None:
-        """A saved checkpoint's tensors on rank 0, None elsewhere. Collective under ZeRO-3."""
-        return self._taken(self.policy_parameters(), self.policy_layout(), version)
+    def snapshot(self, version: int, base: int | None = None) -> WeightSnapshot | None:
+        """A saved checkpoint's tensors on rank 0, None elsewhere; with ``learner.lora.sync=adapter`` factors are apart.
+        Collective under ZeRO-3.
 
-    def _own_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters as the model holds and names them, those of LoRA merged."""
-        from skyrl.policy.lora import merged
+        Args:
+            base: A version that the receivers hold: only what training can have changed since is taken. None: all.
+        """
+        out = self._outgoing
+        part = base is not None and not out.all_change
+        parameters = out.sent(self.backend.parameters(out.changing if part else None))
+        return self._taken(parameters, out.sent_layout(part), version, base if part else None)
 
-        return merged(self.backend.parameters(), self.cfg.learner.lora)
-
-    def _own_layout(self) -> Layout:
-        from skyrl.policy.lora import plain_name
-        from skyrl.sync.snapshot import layout_of
-
-        layout = layout_of(self.backend.model.named_parameters())
-        return [(plain, dtype, shape) for name, dtype, shape in layout if (plain := plain_name(name)) is not None]
-
-    def _taken(self, parameters: Iterator[tuple[str, Tensor]], layout: Layout, version: int) -> WeightSnapshot | None:
+    def _taken(
+        self, parameters: Iterator[tuple[str, Tensor]], layout: Layout, version: int, base: int | None = None
+    ) -> WeightSnapshot | None:
         from skyrl.sync.snapshot import take_snapshot
 
         if self.rank == 0:
-            return take_snapshot(parameters, layout, version)
+            return take_snapshot(parameters, layout, version, base)
         if self.backend.collective:
             for _ in parameters:  # takes part in the gathering
                 pass
@@ -290,27 +317,10 @@ class LearnerStep:
         """Write the policy as a Hugging Face folder that transformers and vLLM load, and with LoRA its factors alone
         into ``adapter`` in it, for peft; every rank must call it."""
         # In the model's own form: save_pretrained turns it back itself.
-        snapshot = self._taken(self._own_parameters(), self._own_layout(), version=0)
+        snapshot = self._taken(self._outgoing.own(self.backend.parameters()), self._outgoing.own_layout, version=0)
         if snapshot is not None:
             export_policy(folder, self.backend.model, snapshot, self.encoder.processor)
         if self.cfg.learner.lora.rank:
             from skyrl.policy.lora import save_adapter
 
             save_adapter(folder / "adapter" if self.rank == 0 else None, self.backend)
-
-
-def _require_records(batch: TrainBatch) -> None:
-    for item in batch.items:
-        if item.grpo_weight != 0 and item.sample.logprobs is None:
-            raise SkyrlError(
-                f"step {batch.step}: sample {item.sample.index} of prompt {item.prompt.id!r} has grpo_weight "
-                f"{item.grpo_weight:g}, but its log-probabilities were not recorded; allowed: a record, or weight 0"
-            )
-
-
-def _require_finite(step: int, what: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise SkyrlError(
-            f"step {step}: {what} is {value}, so the policy was not updated; continue from the last checkpoint "
-            "with a smaller learner.lr, or look at the batch for log-probabilities that are not finite"
-        )

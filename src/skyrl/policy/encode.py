@@ -6,7 +6,6 @@ model's own forward. The only assumption is that they can be joined along the pi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from skyrl.policy.chat import ChatTemplate, misplaced
-from skyrl.policy.processor import load_processor
+from skyrl.policy.processor import configured_ends, load_processor
 from skyrl.records import ConfigError, DataError, Prompt, Turn
 from skyrl.settings import Config
 
@@ -27,27 +26,35 @@ TEXT_KEYS = frozenset({"input_ids", "attention_mask", "labels"})
 TYPE_KEYS = frozenset({"token_type_ids", "mm_token_type_ids"})
 """[1, P]: which prompt tokens are a picture's. Qwen's positions and Gemma's attention mask are made from them."""
 PICTURE_ROLES = ("image_token", "video_token", "audio_token")
-CACHED_PROMPTS = 2048
+CACHED_PROMPTS, CACHED_BYTES = 2048, 256 * 2**20
+"""Prompts that an encoder keeps encoded: at most so many, and (but for the last) of so many bytes together."""
 Encoded = tuple[np.ndarray, dict[str, torch.Tensor]]
 
 
 @dataclass(slots=True)
 class EncodedBatch:
-    """Right-padded rows ``prompt + answer``; B rows, L columns."""
+    """Right-padded rows ``prompt + answer``; B rows, L columns. Or one row of all of them: see
+    :mod:`skyrl.policy.forest`."""
 
     input_ids: torch.Tensor
     """int64 [B, L]."""
     attention_mask: torch.Tensor
-    """int64 [B, L]: 1 on prompt and answer, 0 on padding."""
+    """int64 [B, L]: 1 on prompt and answer, 0 on padding. Of a forest the ``ends`` [1, 1, 1, L]."""
     answer_mask: torch.Tensor
     """bool [B, L]: True on the answer's tokens."""
     pictures: dict[str, torch.Tensor]
     """The processor's picture tensors of all rows, joined in row order, and the token types [B, L] if it makes any
     (0 on answers and padding); ``{}`` without pictures."""
+    depths: torch.Tensor | None = None
+    """int64 [1, L] of a forest; None of plain rows."""
+    parents: torch.Tensor | None = None
+    """int64 [L] of a forest; None of plain rows."""
 
     def to(self, device: torch.device | str) -> EncodedBatch:
         ids, attention, answers = (t.to(device) for t in (self.input_ids, self.attention_mask, self.answer_mask))
-        return EncodedBatch(ids, attention, answers, {name: t.to(device) for name, t in self.pictures.items()})
+        pictures = {name: t.to(device) for name, t in self.pictures.items()}
+        depths, parents = (None if t is None else t.to(device) for t in (self.depths, self.parents))
+        return EncodedBatch(ids, attention, answers, pictures, depths, parents)
 
 
 class PromptEncoder:
@@ -101,6 +108,7 @@ class PromptEncoder:
         control = {*special.values(), *(str(added[i]) for i in self.stop_token_ids if i in added)}
         self._control = sorted(self._placeholders | control - {"", *self.special_tags})
         self._cache: dict[tuple[str, str], Encoded] = {}
+        self._cached_bytes = 0
 
     @classmethod
     def from_pretrained(
@@ -112,7 +120,7 @@ class PromptEncoder:
     ) -> PromptEncoder:
         """Of a Hugging Face folder, with the stop tokens that its configurations name. Errors: as the class."""
         processor = load_processor(folder, trust_remote_code)
-        return cls(processor, chat_template_kwargs, _configured_ends(Path(folder), processor), tags)
+        return cls(processor, chat_template_kwargs, configured_ends(Path(folder), processor), tags)
 
     @classmethod
     def configured(cls, folder: str, cfg: Config) -> PromptEncoder:
@@ -221,10 +229,13 @@ class PromptEncoder:
 
     def encode(self, prompt: Prompt) -> Encoded:
         """Prompt ids int32 [P], placeholders expanded, and the processor's picture tensors."""
-        found = self._cache.pop(prompt.key, None) or self.encode_anew(prompt)
+        found = self._cache.pop(prompt.key, None)
+        if found is None:
+            found = self.encode_anew(prompt)
+            self._cached_bytes += _bytes_of(found)
         self._cache[prompt.key] = found  # behind those that were used longer ago
-        if len(self._cache) > CACHED_PROMPTS:
-            del self._cache[next(iter(self._cache))]
+        while len(self._cache) > 1 and (len(self._cache) > CACHED_PROMPTS or self._cached_bytes > CACHED_BYTES):
+            self._cached_bytes -= _bytes_of(self._cache.pop(next(iter(self._cache))))
         return found
 
     def encode_anew(self, prompt: Prompt) -> Encoded:
@@ -294,19 +305,6 @@ def _join(pictures: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     return joined
 
 
-def _configured_ends(folder: Path, processor: Any) -> list[int]:
-    """Tokens that end a generation by the folder's ``generation_config.json`` and ``config.json``."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    ends: list[int] = []
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        try:
-            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise ConfigError(f"{path} is no JSON: {error}") from None
-        for part in (config, config.get("text_config") or {}):
-            written = part.get("eos_token_id")
-            ids = written if isinstance(written, list) else [] if written is None else [written]
-            # A config.json often holds its class's default, which may be an ordinary token of this tokenizer.
-            ends += [int(i) for i in ids if path.name == "generation_config.json" or i in known]
-    return ends
+def _bytes_of(encoded: Encoded) -> int:
+    ids, pictures = encoded
+    return ids.nbytes + sum(tensor.nbytes for tensor in pictures.values())

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from skyrl.objective.reductions import token_logprobs
+from skyrl.policy.attention import positions
 from skyrl.policy.encode import EncodedBatch
+from skyrl.policy.output_layer import answer_logprobs
 from skyrl.policy.processor import remedy
 from skyrl.records import ConfigError
 from skyrl.settings import Trainable
@@ -86,7 +87,8 @@ def freeze(parameters: Iterable[tuple[str, nn.Parameter]], trainable: Trainable)
 
 class PolicyModule(nn.Module):
     """A Hugging Face model whose forward is what training needs, so that DeepSpeed can wrap it. Logits are computed at
-    answer positions only: with a vocabulary of 150,000 they would otherwise be most of the memory.
+    answer positions only, and a block of the vocabulary at a time (:mod:`skyrl.policy.output_layer`): they would
+    otherwise be most of the memory.
 
     Args:
         forbidden_ids: Tokens that the rollout can't sample: they get probability 0 here too, so that both sides mean
@@ -113,13 +115,17 @@ class PolicyModule(nn.Module):
     def forward(self, batch: EncodedBatch, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities float32 [N] of the N answer tokens, row after row, -inf for forbidden ones; and entropy
         float32 [N] in nats, without gradient, or None unless ``with_entropy``."""
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.pictures
+        base, inputs = self.model.base_model, dict(batch.pictures)
+        if batch.depths is not None:
+            inputs["position_ids"] = positions(base, batch)
+        hidden = base(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **inputs
         ).last_hidden_state
-        # The token at column j is predicted from the hidden state at column j - 1.
-        predicted = hidden[:, :-1][batch.answer_mask[:, 1:]]
-        logits = self.model.get_output_embeddings()(predicted)
+        if batch.parents is None:  # the token at column j is predicted from the hidden state at column j - 1
+            predicted = hidden[:, :-1][batch.answer_mask[:, 1:]]
+        else:
+            predicted = hidden[0, batch.parents[batch.answer_mask[0]]]
         targets = batch.input_ids[:, 1:][batch.answer_mask[:, 1:]]
-        forbidden = [i for i in self.forbidden_ids if i < logits.shape[-1]]
-        logprobs, entropy = token_logprobs(logits, targets, self.temperature, forbidden)
+        head = self.model.get_output_embeddings()
+        logprobs, entropy = answer_logprobs(head, predicted, targets, self.temperature, self.forbidden_ids)
         return logprobs, entropy if with_entropy else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,21 @@ def remedy(error: Exception) -> str:
             "model.trust_remote_code=true if you trust it"
         )
     return f"{type(error).__name__}: {text}"
+
+
+def configured_ends(folder: Path, processor: Any) -> list[int]:
+    """Tokens that end a generation by the folder's ``generation_config.json`` and ``config.json``."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ends: list[int] = []
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON: {error}") from None
+        for part in (config, config.get("text_config") or {}):
+            written = part.get("eos_token_id")
+            ids = written if isinstance(written, list) else [] if written is None else [written]
+            # A config.json often holds its class's default, which may be an ordinary token of this tokenizer.
+            ends += [int(i) for i in ids if path.name == "generation_config.json" or i in known]
+    return ends
