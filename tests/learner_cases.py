@@ -18,14 +18,14 @@ from skyrl.evaluation.picture_drop import picture_drop
 from skyrl.learner.step import LearnerStep
 from skyrl.policy.encode import PromptEncoder
 from skyrl.records import PreferencePair, Prompt, Sample, SampleGroup, SkyrlError, TrainBatch, TrainItem
-from skyrl.settings import Config, Trainable
+from skyrl.settings import Config, Offload, Trainable
 
 WHOLE, SHORT = (0, 3), (1, 2)
 """ZeRO stages: of the second our own code knows nothing, so one step of each is enough."""
 WEIGHTS = {"grpo": 1.0, "mpo": 0.25}
 """Of the default settings."""
-SMALL, LARGE = 150, 100_000
-"""Token budgets: several micro-batches with a text-only one among them; a single one."""
+SMALL, LARGE = 42, 100_000
+"""Token budgets: several micro-batches, with a text-only one and parts of one group among them; a single one."""
 
 
 def settings(stage: int, world_size: int = 1, micro_batch_tokens: int = SMALL) -> Config:
@@ -253,6 +253,10 @@ class Cases:
             self.sharded()
             return
         self.steps("few", settings(0), 1, num_prompts=1, per_prompt=1)
+        for stage, offload in ((2, Offload.optimizer), (3, Offload.all)):
+            cfg = settings(stage)
+            cfg.learner.offload = offload
+            self.steps("offload", cfg, 1)
         cfg = settings(1)
         cfg.learner.gradient_checkpointing = True
         self.steps("checkpointing", cfg, 1)

@@ -6,7 +6,7 @@ import pytest
 
 from skyrl.learner.deepspeed_config import deepspeed_config
 from skyrl.learner.schedule import learning_rate, refresh_due, stage_progress
-from skyrl.settings import Config, LearnerConfig, MpoConfig, Schedule, Stage
+from skyrl.settings import Config, LearnerConfig, MpoConfig, Offload, Schedule, Stage
 
 
 def test_every_knob_arrives() -> None:
@@ -16,7 +16,9 @@ def test_every_knob_arrives() -> None:
     assert config["gradient_clipping"] == 0.7
     assert config["gradient_accumulation_steps"] == 1
     assert config["optimizer"]["type"] == "AdamW"
-    assert config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.8, 0.95], "weight_decay": 0.1, "torch_adam": True}
+    assert config["optimizer"]["params"] == {
+        "lr": 3e-4, "betas": [0.8, 0.95], "weight_decay": 0.1, "torch_adam": True, "fused": True
+    }  # fmt: skip
     assert not config.keys() & {"bf16", "fp16"}
 
 
@@ -27,9 +29,24 @@ def test_half_precision(dtype: str, section: str) -> None:
     assert config.keys() & {"bf16", "fp16"} == {section}
 
 
-def test_bfloat16_gradients_add_up_in_float32_where_deepspeed_can() -> None:
-    assert deepspeed_config(LearnerConfig(zero_stage=1), "bfloat16")["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert "data_types" not in deepspeed_config(LearnerConfig(zero_stage=0), "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_16_bits_add_up_in_float32_where_deepspeed_can(dtype: str) -> None:
+    assert deepspeed_config(LearnerConfig(zero_stage=1), dtype)["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "data_types" not in deepspeed_config(LearnerConfig(zero_stage=0), dtype)
+    assert "data_types" not in deepspeed_config(LearnerConfig(zero_stage=3), "float32")
+
+
+def test_what_is_kept_in_host_memory() -> None:
+    host = {"device": "cpu", "pin_memory": True}
+    kept = {
+        offload: deepspeed_config(LearnerConfig(zero_stage=3, offload=offload), "bfloat16")["zero_optimization"]
+        for offload in Offload
+    }
+    assert kept == {
+        Offload.none: {"stage": 3},
+        Offload.optimizer: {"stage": 3, "offload_optimizer": host},
+        Offload.all: {"stage": 3, "offload_optimizer": host, "offload_param": host},
+    }
 
 
 def test_warm_up_is_linear_and_then_constant() -> None:
