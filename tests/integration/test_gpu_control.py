@@ -301,11 +301,11 @@ def test_every_sync_sends_the_weights_of_then_and_a_slow_one_is_waited_for(trans
     for version, weight in ((4, 0.25), (5, -3.0)):
         syncer = transfer.begin(weight, waiting=(1,))
         with ThreadPoolExecutor(1) as beside:
-            sent = beside.submit(syncer._send, version)
+            sent = beside.submit(syncer._send, version, None)
             time.sleep(1.0)  # several polls
             assert not sent.done()
             transfer.go.touch()
-            assert sent.result(timeout=30) == {}
+            assert sent.result(timeout=30) == 0.0
         transfer.go.unlink()
         (version_0, calls), (version_1, others) = transfer.rollouts.each(Rollout.seen)
         assert (version_0, version_1) == (version, version)
@@ -319,19 +319,19 @@ def test_every_sync_sends_the_weights_of_then_and_a_slow_one_is_waited_for(trans
 def test_a_failed_receiver_ends_the_sync_though_the_sender_still_waits(transfer: Transfer) -> None:
     started = time.monotonic()
     with pytest.raises(SyncError, match=r"^a rollout worker could not take the new weights: update_weights: KeyError"):
-        transfer.begin(broken="update_weights", waiting=(0, 1))._send(1)
+        transfer.begin(broken="update_weights", waiting=(0, 1))._send(1, None)
     assert time.monotonic() - started < 20
 
 
 def test_a_failed_learner_ends_the_sync_though_another_waits_for_it(transfer: Transfer) -> None:
     with pytest.raises(SyncError, match=r"^nothing to gather$"):
-        transfer.begin(errors={0: "nothing to gather"}, waiting=(1,))._send(1)
+        transfer.begin(errors={0: "nothing to gather"}, waiting=(1,))._send(1, None)
     assert [version for version, _ in transfer.rollouts.each(Rollout.seen)] == [0, 0]
 
 
 def test_a_sync_that_hangs_ends_at_its_limit(transfer: Transfer) -> None:
     with pytest.raises(SkyrlError, match=r"the weight sync took longer than controller\.timeout=1 s"):
-        transfer.begin(waiting=(0, 1), timeout=1.0)._send(1)
+        transfer.begin(waiting=(0, 1), timeout=1.0)._send(1, None)
 
 
 def test_a_receiver_says_what_ended_its_last_transfer_only() -> None:

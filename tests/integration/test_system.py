@@ -152,8 +152,8 @@ def test_a_trained_but_unsynced_policy_is_noticed_and_a_sync_mends_it(system: Sy
 
 def test_a_skipped_sync_stops_with_a_clear_error(system: System) -> None:
     class Skipping(Syncer):
-        def _send(self, version: int) -> dict[str, float]:
-            return {}
+        def _send(self, version: int, base: int | None) -> float:
+            return 0.0
 
     _train(system, step=2, version=2)
     syncer = system.syncer
@@ -170,13 +170,12 @@ def test_one_stale_module_is_caught_by_the_probe(system: System, part: str) -> N
     assert snapshot is not None
     names = [name for name in snapshot.names if (part if part != "lm_head" else "embed_tokens") in name]
     assert names
-    snapshot.buffer = snapshot.buffer.copy()
     rng = np.random.default_rng(0)
     for name in names:
         i = snapshot.names.index(name)
-        size = int(np.prod(snapshot.shapes[i])) * 4
-        values = snapshot.buffer[snapshot.offsets[i] : snapshot.offsets[i] + size].view(np.float32)
+        values = snapshot.parts[i].copy().view(np.float32)
         values += rng.normal(0, 0.01, values.shape).astype(np.float32)
+        snapshot.parts[i] = values.view(np.uint8)
     system.rollouts.each(Sampler.load_weights, snapshot)
     assert system.syncer.gap().largest > 1e-4
     assert system.syncer.sync(4)["sync/logprob_gap"] < 1e-4
@@ -191,7 +190,7 @@ def test_a_snapshot_without_one_layer_is_refused(system: System) -> None:
         names=[whole.names[i] for i in keep],
         shapes=[whole.shapes[i] for i in keep],
         dtypes=[whole.dtypes[i] for i in keep],
-        offsets=[whole.offsets[i] for i in keep],
+        parts=[whole.parts[i] for i in keep],
     )
     with pytest.raises(SyncError, match=r"weight snapshot 5 left \d+ parameter\(s\) .* unchanged"):
         system.rollouts.each(Sampler.load_weights, partial)

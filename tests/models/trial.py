@@ -172,13 +172,23 @@ def _losses(result: Result, done: dict[str, Any], folder: str, pictures: bool, d
 
 
 def _sync(result: Result, done: dict[str, Any], folder: str, pictures: bool, dtype: str, work: Any) -> None:
-    from skyrl.records import SkyrlError
+    from skyrl.learner.step import LearnerStep
+    from skyrl.records import SkyrlError, WeightSnapshot
+    from skyrl.sync.snapshot import with_neighbours
 
     result.stale = done["syncer"].gap().largest
     result.gap_after = done["syncer"].sync(1)["sync/logprob_gap"]
     result.limit = max(result.limit, done["syncer"].limit.largest)
     if not result.stale > result.limit:
         raise SkyrlError(f"a policy that is one step old passes: gap {result.stale:.2g}, limit {result.limit:.2g}")
+    part = done["learners"].one(LearnerStep.snapshot, 2)
+    chosen = with_neighbours(part.names, [name for name in part.names if ".layers.1.self_attn." in name])
+    kept = [place for place, name in enumerate(part.names) if name in chosen]
+    columns = (part.names, part.shapes, part.dtypes, part.parts)
+    done["sampler"].load_weights(WeightSnapshot(2, *([own[i] for i in kept] for own in columns), base=1))
+    gap = done["syncer"].gap().largest
+    if not (kept and gap <= max(result.limit, 1e-4)):
+        raise SkyrlError(f"after {len(kept)} weights that it has already were sent alone: gap {gap:.2g}")
 
 
 def _export(result: Result, done: dict[str, Any], folder: str, pictures: bool, dtype: str, work: Path | None) -> None:

@@ -14,7 +14,7 @@ from tiny_runs import config, numbers, policy_folder, run_loop
 from torch import nn
 
 from skyrl.learner.step import LearnerStep
-from skyrl.policy.lora import add_lora, merged, plain_name
+from skyrl.policy.lora import add_lora, computing_merged, merged, plain_name
 from skyrl.policy.module import load_policy, module_of
 from skyrl.records import ConfigError, SkyrlError
 from skyrl.settings import Trainable
@@ -48,6 +48,23 @@ def test_factors_are_merged_in_order_and_in_the_weights_type() -> None:
     assert [name for name, _ in found] == ["norm.weight", "q.weight", "q.bias", "end.weight"]
     assert [name for name, _ in given if plain_name(name)] == [given[i][0] for i in (0, 1, 2, 5)]
     assert found[1][1].dtype == torch.bfloat16 and found[1][1].tolist() == [[3.0, 2.0], [3.0, 5.0]]
+
+
+def test_in_16_bits_the_receivers_weights_can_be_computed_with() -> None:
+    """To the bit what a plain model of the merged weights gives; factors beside weights give something else."""
+    cfg, ids = LoraConfig(rank=2, alpha=8), torch.arange(1, 9)[None]
+    model, plain = (tiny_model()[0].to(torch.bfloat16).eval() for _ in range(2))
+    add_lora(model, cfg, {"language"})
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    plain.load_state_dict(dict(merged(model.named_parameters(), cfg)), strict=False)
+    with torch.no_grad():
+        want, beside = (part(input_ids=ids).logits for part in (plain, model))
+        with computing_merged(model, cfg):
+            assert torch.equal(model(input_ids=ids).logits, want)
+        assert torch.equal(model(input_ids=ids).logits, beside) and not torch.equal(beside, want)
 
 
 @pytest.mark.parametrize("trainable", [Trainable.all, Trainable.language_and_adapter, Trainable.adapter])

@@ -19,8 +19,12 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from skyrl.policy.lora import add_lora
 from skyrl.records import SkyrlError
+from skyrl.settings.system import LoraConfig, LoraSync
 from skyrl.sync import saved_form
+from skyrl.sync.incoming import Incoming
+from skyrl.sync.outgoing import Outgoing
 from skyrl.sync.saved_form import SavedForm
 from skyrl.sync.snapshot import layout_of, parameters_of, take_snapshot
 
@@ -123,3 +127,34 @@ def test_what_needs_the_whole_model_at_once_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(saved_form, "revert_weight_conversion", strange)
     with pytest.raises(SkyrlError, match="such architectures are not supported"):
         SavedForm(None, layout_of([("a", torch.ones(2)), ("b", torch.ones(1))]))
+
+
+@pytest.mark.parametrize(("make", "targets"), [(moe, []), (llava, []), (llava, ["q_proj"])])
+def test_with_lora_factors_and_merged_layers_have_a_checkpoints_names(
+    tmp_path: Path, make: Any, targets: list[str]
+) -> None:
+    """What a receiver makes of the factors, and what comes merged, are those tensors of the whole that were trained."""
+    model, lora = make(tmp_path / "start"), LoraConfig(rank=2, targets=targets, sync=LoraSync.adapter)
+    add_lora(model, lora, {"vision", "adapter", "language"})
+    named = list(model.named_parameters())
+    start, incoming = dict(Outgoing(model, lora).saved([(n, p.clone()) for n, p in named])), Incoming(lora)
+
+    def sent(out: Outgoing, base: int | None) -> Any:
+        chosen = [(name, p) for name, p in named if base is None or name in out.changing]
+        return take_snapshot(out.sent(chosen), out.sent_layout(base is not None), 2, base)
+
+    assert dict(incoming.tensors(sent(Outgoing(model, lora), None))).keys() == start.keys()
+    incoming.version = 1
+    with torch.no_grad():
+        for _, p in named:
+            if p.requires_grad:
+                p.normal_()
+    wanted = dict(Outgoing(model, lora).saved(named))
+    trained = {name for name in wanted if not torch.equal(wanted[name], start[name])}
+    merged = sent(Outgoing(model, lora.model_copy(update={"sync": LoraSync.merged})), 1)
+    apart = sent(Outgoing(model, lora), 1)
+    for received in (dict(parameters_of(merged)), dict(incoming.tensors(apart))):
+        assert trained <= received.keys() and (received.keys() < wanted.keys() or not targets)
+        for name, tensor in received.items():
+            torch.testing.assert_close(tensor, wanted[name])
+    assert trained and apart.megabytes < merged.megabytes

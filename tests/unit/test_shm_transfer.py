@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from skyrl.records import SyncError, WeightSnapshot
+from skyrl.records import SyncError
 
-SNAPSHOT = WeightSnapshot(3, [], [], [], np.empty(0, np.uint8), [])
 CONFIGS = [
     SimpleNamespace(tie_word_embeddings=True),
     SimpleNamespace(tie_word_embeddings=False),
@@ -55,7 +53,7 @@ def receive(monkeypatch: pytest.MonkeyPatch, model: Model, config: Any, *again: 
     for loads in (model.loads, *again):
         model.loads = loads
         engine.start_weight_update()
-        engine.receive_weights(ShmUpdateInfo(SNAPSHOT))
+        engine.receive_weights(ShmUpdateInfo([], 3, whole=True))
 
 
 BODY = {"body.weight", "body.bias"}

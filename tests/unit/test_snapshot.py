@@ -1,4 +1,4 @@
-"""One flat buffer of all parameters: nothing lost, nothing moved, nothing silently short."""
+"""Parameters as bytes: nothing lost, nothing copied, nothing silently short."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from skyrl.records import SyncError, WeightSnapshot
-from skyrl.sync.snapshot import ALIGNMENT, layout_of, parameters_of, take_snapshot
+from skyrl.sync.snapshot import layout_of, parameters_of, take_snapshot, with_neighbours
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
@@ -45,50 +45,37 @@ def test_bfloat16_is_bit_identical() -> None:
     assert torch.equal(got.view(torch.int16), bits)
 
 
-def test_starts_are_aligned_and_parts_do_not_overlap() -> None:
-    snapshot = snapshot_of(tensors(), 0)
-    assert all(offset % ALIGNMENT == 0 for offset in snapshot.offsets)
-    ends = [o + t.nbytes for o, (_, t) in zip(snapshot.offsets, tensors(), strict=True)]
-    assert all(end <= start for end, start in zip(ends, snapshot.offsets[1:], strict=False))
-
-
-def test_it_is_a_copy_of_the_parameters_but_views_on_the_buffer() -> None:
+def test_it_is_the_parameters_own_memory_and_a_copy_of_what_is_not_in_one_piece() -> None:
     weight = nn.Parameter(torch.ones(4))
-    snapshot = snapshot_of([("w", weight)], 0)
+    snapshot = snapshot_of([("w", weight), ("t", torch.ones(2, 3).T)], 0)
     with torch.no_grad():
         weight.zero_()
-    ((_, got),) = parameters_of(snapshot)
-    assert got.tolist() == [1, 1, 1, 1]
+    (_, got), (_, turned) = parameters_of(snapshot)
+    assert got.tolist() == [0, 0, 0, 0]
     assert not got.requires_grad
-    assert got.data_ptr() == snapshot.buffer.ctypes.data
+    assert got.data_ptr() == snapshot.parts[0].ctypes.data == weight.data_ptr()
+    assert turned.is_contiguous()
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_read_only_buffer_is_read_without_a_warning() -> None:
     snapshot = snapshot_of([("w", torch.arange(3.0))], 0)
-    snapshot.buffer.flags.writeable = False  # as Ray maps it
+    snapshot.parts[0].flags.writeable = False  # as Ray maps it
     ((_, got),) = parameters_of(snapshot)
     assert got.tolist() == [0, 1, 2]
 
 
-def test_a_partial_buffer_is_an_error_that_names_the_parameter() -> None:
+@pytest.mark.parametrize("kept", [0, 36, 68])
+def test_a_parameter_of_another_size_is_an_error_that_names_it(kept: int) -> None:
     whole = snapshot_of([("first", torch.ones(16)), ("second", torch.ones(16))], version=3)
-    cut = WeightSnapshot(whole.version, whole.names, whole.shapes, whole.dtypes, whole.buffer[:100], whole.offsets)
-    with pytest.raises(SyncError, match=r"snapshot 3 ends at byte 100, but 'second' needs bytes 64 to 128"):
-        list(parameters_of(cut))
-
-
-def test_an_empty_buffer_is_partial_too() -> None:
-    whole = snapshot_of([("w", torch.ones(2))], version=3)
-    none = WeightSnapshot(3, whole.names, whole.shapes, whole.dtypes, whole.buffer[:0], whole.offsets)
-    with pytest.raises(SyncError, match="partial"):
-        list(parameters_of(none))
+    whole.parts[1] = np.resize(whole.parts[1], kept)
+    with pytest.raises(SyncError, match=rf"snapshot 3 has {kept} bytes of 'second', which needs 64: .* partial"):
+        list(parameters_of(whole))
 
 
 def test_no_parameters() -> None:
     snapshot = snapshot_of([], 0)
-    assert snapshot.buffer.dtype == np.uint8
-    assert list(parameters_of(snapshot)) == []
+    assert snapshot.megabytes == 0 and list(parameters_of(snapshot)) == []
 
 
 def test_parameters_that_are_not_those_of_the_layout_are_refused() -> None:
@@ -108,3 +95,15 @@ def test_the_layout_of_a_sharded_parameter_is_its_whole_shape() -> None:
     shard = nn.Parameter(torch.empty(0))
     shard.ds_shape = torch.Size([4, 6])  # as DeepSpeed's ZeRO-3 leaves it
     assert layout_of([("w", shard)]) == [("w", torch.float32, (4, 6))]
+
+
+def test_what_engines_join_goes_together() -> None:
+    """By hand: the names of a layer of Qwen2, of one of Qwen3-MoE, and of a projector."""
+    attention = {f"layers.0.self_attn.{part}" for part in ("q_proj.weight", "k_proj.weight", "k_proj.bias")}
+    experts = {f"layers.0.mlp.experts.{i}.{part}_proj.weight" for i in range(3) for part in ("gate", "up", "down")}
+    rest = {"layers.0.mlp.gate.weight", "layers.1.self_attn.q_proj.weight", "norm.weight", "lm_head.weight"}
+    names = attention | experts | rest
+    assert with_neighbours(names, {"layers.0.self_attn.k_proj.bias"}) == attention
+    assert with_neighbours(names, {"layers.0.mlp.experts.2.up_proj.weight"}) == experts
+    assert with_neighbours(names, {"lm_head.weight"}) == {"lm_head.weight", "norm.weight"}  # both at the top
+    assert with_neighbours(names, set()) == set()

@@ -29,7 +29,9 @@ class Scripted(Syncer):
         super().__init__(crew, crew, Config())
         self.cfg.rollout.logprob_gap_limit = limit
         self.learners = self.rollouts = self  # type: ignore[assignment]
-        self.gaps, self.rounding, self.sent = list(gaps), list(rounding), 0
+        self.gaps, self.rounding = list(gaps), list(rounding)
+        self.sent: list[int | None] = []
+        """The version that each sending builds on."""
 
     def ask(self, function: Any) -> list[Any]:
         return []
@@ -38,15 +40,15 @@ class Scripted(Syncer):
         values = self.gaps if function is probe_gap else self.rounding
         return [Gap(4 * values[0], values.pop(0))]
 
-    def _send(self, version: int) -> dict[str, float]:
-        self.sent += 1
-        return {}
+    def _send(self, version: int, base: int | None) -> float:
+        self.sent.append(base)
+        return 10.0 if base is None else 1.0
 
 
 def test_a_good_sync_is_sent_once_and_nothing_is_measured() -> None:
     syncer = Scripted([2e-6])
     metrics = syncer.sync(1)
-    assert (syncer.sent, metrics["sync/retries"]) == (1, 0.0)
+    assert (syncer.sent, metrics["sync/retries"], metrics["sync/megabytes"]) == ([None], 0.0, 10.0)
     assert (metrics["sync/logprob_gap"], metrics["sync/logprob_gap_mean"]) == (8e-6, 2e-6)
     assert metrics["sync/logprob_gap_limit"] == FLOOR
 
@@ -55,7 +57,16 @@ def test_a_good_sync_is_sent_once_and_nothing_is_measured() -> None:
 def test_a_bad_one_is_sent_again_and_counted(first: float) -> None:
     syncer = Scripted([first, 2e-6], [1e-6])
     metrics = syncer.sync(1)
-    assert (syncer.sent, metrics["sync/retries"], metrics["sync/logprob_gap"]) == (2, 1.0, 8e-6)
+    assert (syncer.sent, metrics["sync/retries"], metrics["sync/logprob_gap"]) == ([None, None], 1.0, 8e-6)
+
+
+def test_a_sync_builds_on_the_one_before_and_its_second_try_on_nothing() -> None:
+    syncer = Scripted([2e-6, 2e-4, 2e-6, 2e-6, 2e-4, 2e-4, 2e-6], [1e-6] * 3)
+    assert [syncer.sync(version)["sync/megabytes"] for version in (4, 5, 6)] == [10.0, 11.0, 1.0]
+    with pytest.raises(SyncError):
+        syncer.sync(7)
+    syncer.sync(7)
+    assert syncer.sent == [None, 4, None, 5, 6, None, None]
 
 
 @pytest.mark.parametrize("second", [2e-4, math.nan])
@@ -63,7 +74,7 @@ def test_wrong_twice_is_an_error(second: float) -> None:
     syncer = Scripted([2e-4, second], [1e-6, 1e-6])
     with pytest.raises(SyncError, match=r"after weight sync 3.*by what rounding can do to this policy"):
         syncer.sync(3)
-    assert syncer.sent == 2
+    assert syncer.sent == [None, None]
 
 
 def test_the_limit_is_what_rounding_does_at_this_sync() -> None:

@@ -1,10 +1,13 @@
-"""LoRA (arXiv 2106.09685), by peft: a frozen weight W gets two small trained factors, W + α/r · B·A. The factors live
-in the learner only; whoever takes the policy's parameters gets them merged, under the names of the model's own folder.
+"""LoRA (arXiv 2106.09685), by peft: a frozen weight W gets two small trained factors, W + α/r · B·A. Whoever takes the
+policy's parameters gets them merged, under the names of the model's own folder, by the learner or, with
+``learner.lora.sync=adapter``, by the rollout member: this module is all that does it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,13 @@ def plain_name(name: str) -> str | None:
     return None if any(part in name for part in FACTORS) else name.replace(BASE, ".")
 
 
+def weight_of(name: str) -> str:
+    """The plain name of the weight that a factor belongs to; of any other parameter its own."""
+    for part in (BASE, *FACTORS):
+        name = name.replace(part, ".")
+    return name
+
+
 def merged(parameters: Iterable[tuple[str, torch.Tensor]], cfg: LoraConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """The policy's parameters without factors: each weight that has some as W + α/r · B·A, computed in float32 and
     rounded once to W's type. In the model's order, one layer held at a time."""
@@ -64,15 +74,39 @@ def merged(parameters: Iterable[tuple[str, torch.Tensor]], cfg: LoraConfig) -> I
             factor = tensor
         elif FACTORS[1] in name:
             assert held and factor is not None
-            weight = held[0][1]
-            change = (cfg.alpha / cfg.rank) * (tensor.float() @ factor.float())
-            yield held[0][0], (weight.float() + change).to(weight.dtype)
+            yield held[0][0], _merged(held[0][1], factor, tensor, cfg)
             yield from held[1:]
             held = []
         elif BASE in name:
             held.append((name.replace(BASE, "."), tensor))
         else:
             yield name, tensor
+
+
+def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, cfg: LoraConfig) -> torch.Tensor:
+    return (weight.float() + (cfg.alpha / cfg.rank) * (b.float() @ a.float())).to(weight.dtype)
+
+
+@contextmanager
+def computing_merged(model: Any, cfg: LoraConfig) -> Iterator[None]:
+    """Inside, ``model`` computes with the merged weights, as who receives them does. In 16 bits that is another policy
+    than factors beside weights: a change smaller than the last place of a weight is rounded away. Makes the weight of
+    one layer at a time. Not for weights that are cut over ranks."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    for layer in layers:
+        layer.forward = partial(_merged_forward, layer, cfg)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _merged_forward(layer: Any, cfg: LoraConfig, x: torch.Tensor) -> torch.Tensor:
+    base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return nn.functional.linear(x, _merged(base.weight, a, b, cfg), base.bias)
 
 
 def save_adapter(folder: Path | None, backend: Any) -> None:

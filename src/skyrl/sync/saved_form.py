@@ -9,7 +9,7 @@ and has only those turned back that are really cut or joined, one after the othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from skyrl.records import SkyrlError
-from skyrl.sync.snapshot import Layout
+from skyrl.sync.snapshot import Layout, with_neighbours
 
 Named = Iterable[tuple[str, torch.Tensor]]
 
@@ -50,23 +50,39 @@ class SavedForm:
         empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in held}
         alone = {name: self._turned_back({name: tensor}) for name, tensor in empty.items()}
         self._group_of: dict[str, _Group] = {}
-        self.layout: Layout = []
-        """Name, type and shape of each saved tensor, in the order in which :meth:`of` gives them."""
         for members in _that_share_names({name: list(saved) for name, saved in alone.items()}):
             first = members[0]
             saved = alone[first] if len(members) == 1 else self._turned_back({name: empty[name] for name in members})
             renamed = len(members) == 1 and [id(tensor) for tensor in saved.values()] == [id(empty[first])]
             group = _Group(tuple(members), [(n, t.dtype, tuple(t.shape)) for n, t in saved.items()], renamed)
             self._group_of |= dict.fromkeys(members, group)
-        for name, _, _ in held:
-            group = self._group_of[name]
-            self.layout += group.saved if name == group.members[-1] else []
+        self._order = [name for name, _, _ in held]
+        self.layout = self.layout_of(self._order)
+        """Name, type and shape of each saved tensor, in the order in which :meth:`of` gives them."""
         whole = {(name, tuple(tensor.shape)) for name, tensor in self._turned_back(empty).items()}
         if whole != {(name, shape) for name, _, shape in self.layout}:
             raise SkyrlError(
                 f"model.policy: transformers turns the parameters of {type(model).__name__} into those of a checkpoint "
                 "in a way that skyrl does not know; such architectures are not supported"
             )
+
+    def layout_of(self, names: Collection[str]) -> Layout:
+        """The saved tensors that come of the parameters ``names``, all of those that belong together."""
+        last = [
+            self._group_of[name] for name in self._order if name in names and name == self._group_of[name].members[-1]
+        ]
+        return [saved for group in last for saved in group.saved]
+
+    def with_neighbours(self, names: Collection[str]) -> set[str]:
+        """``names`` and the parameters that must be sent with them: what is turned back together, and what engines join
+        (:func:`skyrl.sync.snapshot.with_neighbours`)."""
+        saved_of = {name: {saved for saved, _, _ in group.saved} for name, group in self._group_of.items()}
+        wanted, found = set(names), set[str]()
+        while wanted != found:
+            found = wanted
+            saved = with_neighbours([name for name, _, _ in self.layout], set().union(*(saved_of[n] for n in found)))
+            wanted = {name for name, own in saved_of.items() if own & saved}
+        return wanted
 
     def of(self, parameters: Named) -> Iterator[tuple[str, torch.Tensor]]:
         """The saved tensors of whole parameters that come in the model's order. Holds no more of them at a time than

@@ -60,20 +60,27 @@ class Syncer:
         self.learners, self.rollouts, self.cfg = learners, rollouts, cfg
         self.limit = Gap(FLOOR, FLOOR)
         """Of the last sync."""
+        self._proved: int | None = None
+        """The version that all rollout members hold by the last probe: the next sync need not send what can't have
+        changed since. None: unknown."""
+        self._parts = True
+        """Partial syncs are tried."""
 
     def sync(self, version: int) -> Metrics:
-        """Send, and probe. A probe that fails is tried once more: what is wrong twice is no accident.
+        """Send what can have changed, and probe. A probe that fails is tried once more, with all weights: what is wrong
+        twice is no accident.
 
         Raises:
             SyncError: if the gap on the probe is above its limit.
         """
         started = time.perf_counter()
-        metrics = self._send(version)
+        base, self._proved = self._proved if self._parts else None, None
+        megabytes = self._send(version, base)
         gap, self.limit = self._probe()
-        metrics["sync/retries"] = 0.0
+        metrics = {"sync/retries": 0.0}
         if not gap.within(self.limit):
-            logger.warning("weight sync %d: %s above the limit %s; sending again", version, gap, self.limit)
-            self._send(version)
+            logger.warning("weight sync %d: %s above the limit %s; sending all weights", version, gap, self.limit)
+            megabytes += self._send(version, None)
             gap, self.limit = self._probe()
             metrics["sync/retries"] = 1.0
         if not gap.within(self.limit):
@@ -85,7 +92,9 @@ class Syncer:
                 f"{limit.largest:.3g} and {limit.mean:.3g}, by {whence}, with model.dtype={self.cfg.model.dtype}. The "
                 "rollout workers do not hold the learner's weights, or compute otherwise; nothing was trained on them"
             )
+        self._proved = version
         metrics |= {"sync/logprob_gap": gap.largest, "sync/logprob_gap_mean": gap.mean}
+        metrics |= {"sync/megabytes": megabytes} if megabytes else {}
         return metrics | {"sync/logprob_gap_limit": self.limit.largest, "sync/seconds": time.perf_counter() - started}
 
     def gap(self) -> Gap:
@@ -104,15 +113,24 @@ class Syncer:
         rounding = self.learners.each(rounding_gap, *probes)[0]
         return gap, limit_of(rounding)
 
-    def _send(self, version: int) -> Metrics:
+    def _send(self, version: int, base: int | None) -> float:
+        """Send all weights, or those that can have changed since ``base``. Returns megabytes for each rollout member; 0
+        where vLLM sends, which is always everything."""
         if self.cfg.rollout.weight_sync is WeightSync.shm:
-            snapshot: Any = self.learners.ask(LearnerStep.snapshot, version)[0]
-            return {"sync/megabytes": self.rollouts.each(Sampler.load_weights, snapshot)[0]}
+            snapshot: Any = self.learners.ask(LearnerStep.snapshot, version, base)[0]
+            try:
+                return self.rollouts.each(Sampler.load_weights, snapshot)[0]
+            except SyncError as error:
+                if base is None:
+                    raise
+                logger.warning("%s; from now on each weight sync sends all weights", error)
+                self._parts = False
+                return self._send(version, None)
         from skyrl.sync.gpu_control import send_weights
 
         self._watch(self.learners.ask(send_weights, self.rollouts, self.learners.hosts()[0]))
         self.rollouts.each(Sampler.finish_transfer, version)
-        return {}
+        return 0.0
 
     def _watch(self, sends: list[None]) -> None:
         """Return once every learner has sent. Raise what one raised, though others may wait for it, or why an engine
