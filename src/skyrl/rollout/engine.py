@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from skyrl.records import WeightSnapshot
 from skyrl.settings import RolloutConfig, WeightSync
 
 
@@ -31,6 +31,15 @@ class EngineRequest:
     """These tokens and no others end an answer."""
     forbidden_ids: tuple[int, ...]
     """Tokens of probability 0."""
+    begun: tuple[list[int], ...] = ()
+    """Tokens that each of the ``n`` answers has already; they count towards ``max_tokens`` and are not drawn again, nor
+    returned. ``()``: none has any."""
+
+    @property
+    def singly(self) -> list[EngineRequest]:
+        """Requests for one answer each that together are this one."""
+        seeds = [None if self.seed is None else self.seed + place for place in range(self.n)]
+        return [replace(self, n=1, seed=seed, begun=self.begun[at : at + 1]) for at, seed in enumerate(seeds)]
 
 
 @dataclass(slots=True)
@@ -38,15 +47,23 @@ class Completion:
     """One answer."""
 
     prompt_ids: np.ndarray
-    """int32 [P]: the request's, placeholders expanded."""
+    """int32 [P]: the request's, placeholders expanded, without the tokens of ``begun``; [0] if ``stopped`` before it
+    was read."""
     token_ids: np.ndarray
     """int32 [T], with the stop token if it was reached."""
     logprobs: np.ndarray
     """float32 [T], under the distribution drawn from: after temperature, ``top_p`` and forbidden tokens."""
     text: str
-    """Decoded without the stop token and without special tokens."""
+    """The answer from its first token on, those of ``begun`` too, decoded without the stop token and without special
+    tokens; "" if it was stopped."""
     truncated: bool
     """The length ended it."""
+    stopped: bool = False
+    """Nothing ended it: the engine was told that it has enough."""
+
+
+Enough = Callable[[Collection[int]], bool]
+"""Of the places of the requests whose answers have all ended: whether the others may be stopped now."""
 
 
 class Engine(Protocol):
@@ -55,18 +72,28 @@ class Engine(Protocol):
     vocabulary: int
     """Size of the output layer: all ids of a request are below it."""
 
-    def generate(self, requests: list[EngineRequest]) -> list[list[Completion]]:
+    def generate(self, requests: list[EngineRequest], enough: Enough | None = None) -> list[list[Completion]]:
         """In the order of the requests.
+
+        Args:
+            enough: Asked whenever a request's answers have all ended; at the first yes the others are returned as far
+                as they are. It must depend on nothing but the tokens, so that a run repeats. Only
+                ``rollout.oversample`` gives one: an engine without this argument works as long as that is 0.
 
         Raises:
             ValueError: for one that can't be met; the engine stays usable.
         """
 
-    def load(self, snapshot: WeightSnapshot) -> None:
-        """Replace all weights and forget every cache that the old ones filled.
+    def load(self, parameters: Iterable[tuple[str, Any]], version: int, whole: bool) -> None:
+        """Replace weights by these tensors, which are a checkpoint's by name, and forget every cache that the old ones
+        filled. They are shared memory: to be copied, not kept.
+
+        Args:
+            version: For messages.
+            whole: They are all weights; else the others stay as they are.
 
         Raises:
-            SyncError: if the snapshot does not cover the policy.
+            SyncError: if they do not cover the policy, or a layer only in part; the engine then still takes all.
         """
 
     def transfer(self, method: str, kwargs: dict[str, Any]) -> None:
