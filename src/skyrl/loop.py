@@ -12,7 +12,8 @@ Everything that moves between members is a promise: this process never holds a t
 ``controller.lag`` 0: the rollout of a step is asked for when the step begins; every fresh answer is on-policy. Lag L:
 the rollout of step k+L is asked for before step k is trained, so sampling runs beside the learner, and fresh answers
 are L versions old (the first L steps less); every sample records its version, and the ratio corrects. New weights wait
-for the answers that were asked for before them: an answer has one version (docs/architecture.md has the price).
+for the answers that were asked for before them: an answer has one version (docs/architecture.md has the price). With
+``rollout.oversample`` a step does not wait for its longest answers: the next one goes on with them, under new weights.
 
 Two branches of a step: ``algorithm.mpo.pairs=dropout_ntp`` lets the scored answers be continued without the picture;
 ``data.pairs_path`` (offline MPO) takes the whole batch from a file instead of rollout, reward and buffer.
@@ -37,7 +38,6 @@ from skyrl.monitoring.records import write_json
 from skyrl.monitoring.sinks import MetricSink
 from skyrl.records import Metrics, StepReport, TrainBatch
 from skyrl.rewards.scorers import SCALE_FILE, Scale, fitted_scale, restored_scale
-from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, Squash
 from skyrl.system import System
 
@@ -134,7 +134,7 @@ class Loop:
         """Wait for the answers to later steps, so that the sync that follows takes its own time only."""
         self.system.rollouts.wait(self.ahead.sampling())
         waited = laps.end("time/rollout")
-        sampled = self.system.rollouts.seconds(Sampler.generate) if asked else 0.0
+        sampled = self.system.rollouts.seconds(self.ahead.sampling_call) if asked else 0.0
         return {"overlap/rollout": max(0.0, min(sampled - waited, laps.seconds["time/learner"]))}
 
     def _due(self, every: int) -> bool:

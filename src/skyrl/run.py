@@ -12,6 +12,8 @@ from rich.console import Console
 
 from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, held, new_folder, read_state
 from skyrl.checks.all import cheap_checks
+from skyrl.checks.data import repeated
+from skyrl.checks.policy import readable
 from skyrl.crew.crew import Executor
 from skyrl.crew.ray_executor import ray_session
 from skyrl.data.datasets import check_size
@@ -35,7 +37,7 @@ from skyrl.monitoring.sinks import (
 from skyrl.monitoring.summary import print_summary, write_summary
 from skyrl.policy.hub import model_folder
 from skyrl.rollout.sampler import Sampler
-from skyrl.settings import Config, WandbMode
+from skyrl.settings import Config, Overlong, WandbMode
 from skyrl.settings.reward_model import is_endpoint
 from skyrl.system import System, fitting_rows, start_system
 
@@ -92,8 +94,10 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
         check_size(len(rows), cfg)
     policy, reward = model_folders(cfg)
     checked = cheap_checks(cfg, policy)
+    for note in repeated(checked):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if cfg.model.policy not in BUILT:
-        checked.encoder  # noqa: B018 -- its processor may want files or packages that are not here
+        readable(checked)
     with ExitStack() as stack:
         if executor is None:
             dashboard = stack.enter_context(ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}"))
@@ -102,16 +106,19 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
         counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
         console.print("starting {} rollout, {} reward and {} learner members, 1 sample buffer".format(*counts))
         system = stack.enter_context(start_system(cfg, policy, reward, executor))
+        given = _sizes(system, rows)
         rows = fitting(cfg, system, rows, console)
-        size = system.sizes()["train"] if rows is None else len(rows)
-        check_size(size, cfg)
-        step = cfg.rollout.prompts_per_step
+        sizes = _sizes(system, rows)
+        check_size(sizes["train"], cfg)
+        step = cfg.rollout.in_flight * cfg.rollout.num_workers
         stream = prompt_stream(system.rollouts.one(Sampler.parts), cfg.data.seed, step, cfg.data.weights, rows)
         loop = Loop(cfg, system, stream, Sinks([]), run_dir, rows)
         if checkpoint is not None:  # nothing of the old run is overwritten before its state was accepted
             loop.restore(checkpoint)
             write_json(run_dir / SETTINGS, cfg)
         with closing(_sinks(cfg, run_dir, checkpoint, console)) as loop.sink:
+            if cfg.data.overlong is Overlong.drop:
+                loop.sink.log(loop.step, {f"data/left_out_{s}": float(given[s] - size) for s, size in sizes.items()})
             loop.run()
     return loop.seconds_training
 
@@ -139,6 +146,11 @@ def pool_rows(cfg: Config) -> Sequence[int] | None:
 
     rows: list[int] = pool.pool_rows(Path(cfg.data.pool_path), cfg.data, build_datasets(cfg)["train"]).tolist()
     return rows
+
+
+def _sizes(system: System, rows: Sequence[int] | None) -> dict[str, int]:
+    """Prompts per split, of the training prompts those of ``rows``."""
+    return system.sizes() | ({} if rows is None else {"train": len(rows)})
 
 
 def fitting(cfg: Config, system: System, rows: Sequence[int] | None, console: Console) -> Sequence[int] | None:

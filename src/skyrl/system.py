@@ -16,7 +16,7 @@ from skyrl.batch.batcher import Batcher
 from skyrl.crew.crew import Crew, Executor, LocalExecutor, MemberSpec
 from skyrl.crew.placement import BUFFER_CPUS, Placement, check_resources
 from skyrl.learner.step import LearnerStep
-from skyrl.records import ConfigError, DataError, RolloutRequest, SampleGroup
+from skyrl.records import Begun, ConfigError, DataError, RolloutRequest, SampleGroup
 from skyrl.rewards.rewarder import Rewarder
 from skyrl.rollout.engine import rollout_environment
 from skyrl.rollout.sampler import Sampler, Unfit
@@ -59,6 +59,20 @@ class System:
         fresh = self.rollouts.deal(Sampler.generate, request.shared_by(len(self.rollouts)), pieces=pieces)
         return fresh, self.rewards.deal(Rewarder.score, fresh)
 
+    def ask_enough(
+        self, requests: Sequence[RolloutRequest], begun: Sequence[list[Begun]], enough: int
+    ) -> tuple[list[list[SampleGroup]], list[list[SampleGroup]], list[list[Begun]]]:
+        """As :meth:`ask`, with a request for each rollout member, and the groups that it goes on with; each ends when
+        ``enough`` of its groups are complete. The third promises are the groups that are not."""
+        pieces = -(-len(self.rewards) // len(self.rollouts))
+        fresh, left = list[Any](), list[Any]()
+        for place, (request, earlier) in enumerate(zip(requests, begun, strict=True)):
+            *made, rest = self.rollouts.deal(
+                Sampler.generate_enough, [request], earlier, enough, pieces, pieces=pieces + 1, first=place
+            )
+            fresh, left = [*fresh, *made], [*left, rest]
+        return fresh, self.rewards.deal(Rewarder.score, fresh), left
+
     def sizes(self) -> dict[str, int]:
         """Prompts per split, as the rollout members see them; waits until one is up."""
         return self.rollouts.one(Sampler.sizes)
@@ -84,10 +98,13 @@ def fitting_rows(cfg: Config, system: System, split: str, rows: Sequence[int], c
     if wrong := [one for one in found if not (one.too_long and dropped)]:
         named = "\n".join(f"row {one.row}: {one.problem}" for one in wrong[:NAMED_ROWS])
         more = f"\n… and {len(wrong) - NAMED_ROWS} more" if len(wrong) > NAMED_ROWS else ""
-        raise DataError(
-            f"{len(wrong)} of {len(rows)} {split} prompts can't be asked (rollout.max_prompt_tokens={limit}; "
-            f"data.overlong=drop leaves those out that are too long, cut shortens them):\n{named}{more}"
-        )
+        mend = ""
+        if any(one.too_long for one in wrong):
+            mend = (
+                f" (rollout.max_prompt_tokens={limit}; data.overlong=drop leaves those out that are too long, "
+                "cut shortens them)"
+            )
+        raise DataError(f"{len(wrong)} of {len(rows)} {split} prompts can't be asked{mend}:\n{named}{more}")
     if not found:
         return rows
     console.print(f"data.overlong=drop: {len(found)} of {len(rows)} {split} prompts are left out (over {limit} tokens)")

@@ -378,7 +378,7 @@ def test_thresholds_learn_from_all_candidates_but_only_for_later_steps(tmp_path)
     assert metrics["threshold/tau"] == 6.0 and metrics["gate/tau"] == 3.0
     # Both are state.
     other = algorithm_service(mpo=MpoConfig(threshold=learning, pairs_per_prompt=2), gate=learning)
-    buffer.save(tmp_path / "state", {})
+    buffer.save(tmp_path / "state", {}, {})
     assert other.load(tmp_path / "state") == {}
     extra = make_group("e", [1.0, -1.0], rules=[1.0, 0.0], scores=[40.0, -2.0], facts=grid)
     (_, want), (_, got) = (exchange(one, [extra, *groups], 4, 0) for one in (buffer, other))
@@ -416,9 +416,9 @@ def test_offline_pairs_are_part_of_the_state(tmp_path):
             self.stream = Position(at)
 
     one, two = service(), service()
-    one.save(tmp_path / "without", {})
+    one.save(tmp_path / "without", {}, {})
     one.pairs = Pairs({"at": 7})
-    one.save(tmp_path / "with", {})
+    one.save(tmp_path / "with", {}, {})
     with pytest.raises(DataError, match=r"run with data\.pairs_path, this run is one without it"):
         two.load(tmp_path / "with")
     two.pairs = Pairs(None)
@@ -437,7 +437,7 @@ def test_a_resumed_batcher_makes_the_same_batches(tmp_path):
     one, two = service(mix=0.5, capacity=20, max_age=3), service(seed=9, mix=0.5, capacity=20, max_age=3)
     for version in range(4):
         exchange(one, groups(version), version, version)
-    one.save(tmp_path / "state", {})
+    one.save(tmp_path / "state", {}, {})
     two.load(tmp_path / "state")
     for version in range(4, 8):
         got, got_metrics = exchange(two, groups(version), version, version)
@@ -448,7 +448,7 @@ def test_a_resumed_batcher_makes_the_same_batches(tmp_path):
 
 def test_what_was_asked_ahead_is_saved_and_handed_out_once(tmp_path):
     parts = [[make_group(name, [1.0, -1.0], version=3)] for name in "abc"]
-    service(lag=2).save(tmp_path / "state", {5: 2, 6: 1}, *parts)
+    service(lag=2).save(tmp_path / "state", {5: 2, 6: 1}, {}, *parts)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     one = service(lag=2)
     assert one.load(tmp_path / "state") == {5: 2, 6: 1}
@@ -461,7 +461,7 @@ def test_what_was_asked_ahead_is_saved_and_handed_out_once(tmp_path):
     # A failed write leaves the state of before.
     one.buffer.state_dict = lambda: lambda: None  # nobody can pickle a local function
     with pytest.raises(Exception, match="lambda"):
-        one.save(tmp_path / "state", {})
+        one.save(tmp_path / "state", {}, {})
     assert service().load(tmp_path / "state") == {5: 2, 6: 1}
 
 

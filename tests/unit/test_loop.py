@@ -228,7 +228,7 @@ def test_one_rollout_member_with_old_weights_stops_the_run(policy: str, tmp_path
         def start(self, spec: MemberSpec[Any]) -> Member[Any]:
             member = super().start(spec)
             if spec.name == "rollout-1":
-                member.build().engine.load = lambda snapshot: None
+                member.build().engine.load = lambda *_: None
             return member
 
     cfg, watched = config(tmp_path, 3), Deaf()
@@ -305,7 +305,7 @@ def test_a_broken_sync_stops_the_run_before_another_step(policy: str, tmp_path: 
 
     def break_it(learner: LearnerStep, batch: TrainBatch) -> None:
         if batch.step == 2:  # the weights that the engines get from now on are not the learner's
-            learner.policy_parameters = lambda: ((n, p * 1.1) for n, p in learner.backend.parameters())  # type: ignore
+            learner._outgoing.sent = lambda parameters: ((n, p * 1.1) for n, p in parameters)  # type: ignore
 
     watched.before_step = break_it
     with pytest.raises(SkyrlError, match="after weight sync 2 rollout and learner differ"):

@@ -12,7 +12,17 @@ import numpy as np
 
 from skyrl.batch.pairs import NO_THRESHOLD, Pair, reward_margin_pairs, rule_pairs
 from skyrl.batch.thresholds import Candidate
-from skyrl.records import DataError, PreferencePair, Sample, SampleGroup, SkyrlError, TrainBatch, TrainItem
+from skyrl.records import (
+    DataError,
+    Metrics,
+    PreferencePair,
+    Sample,
+    SampleGroup,
+    SkyrlError,
+    TrainBatch,
+    TrainItem,
+    flatten,
+)
 from skyrl.settings import GrpoFilter, PairSource
 
 
@@ -52,22 +62,39 @@ class Gated:
 
 
 def check_fresh(groups: list[SampleGroup], version: int, lag: int) -> None:
-    """Refuse fresh answers that the learner, at ``version``, may not train on.
+    """Refuse fresh answers that the learner, at ``version``, may not train on. A group that was carried on may be older
+    by the steps that it was.
 
     Raises:
         SkyrlError: for one that is more than ``lag`` versions older, or newer.
         DataError: for one that was scored and has no tokens.
     """
     for group in groups:
+        oldest = version - max(lag, group.begun_lag) - group.carried
         for sample in members(group):
             where = f"prompt {group.prompt.id}, sample {sample.index}"
-            if not version - lag <= sample.policy_version <= version:
+            if not oldest <= sample.policy_version <= version:
                 raise SkyrlError(
                     f"{where}: drawn by policy version {sample.policy_version}, to be trained at version {version}; "
                     f"allowed: that version or up to controller.lag={lag} older ones"
+                    f"{f', older by {group.carried} as it was carried on so often' * (group.carried > 0)}"
                 )
             if sample.error is None and len(sample.token_ids) == 0:
                 raise DataError(f"{where}: 0 answer tokens; allowed: 1 or more")
+
+
+def carried_metrics(groups: list[SampleGroup]) -> Metrics:
+    """How many groups and answers of a step were stopped earlier and continued, and how far their tokens' policy
+    versions are apart."""
+    spreads = [0 if s.versions is None else int(s.versions[-1] - s.versions[0]) for s in flatten(groups)]
+    carried = [group.carried for group in groups]
+    return {
+        "rollout/carried": sum(count > 0 for count in carried) / len(groups),
+        "rollout/carried_max": float(max(carried)),
+        "rollout/stopped": sum(spread > 0 for spread in spreads) / len(spreads),
+        "rollout/versions_mean": sum(spreads) / len(spreads),
+        "rollout/versions_max": float(max(spreads)),
+    }
 
 
 def members(group: SampleGroup) -> list[Sample]:

@@ -6,19 +6,29 @@ import os
 import pickle
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from skyrl.batch.assembly import Gated, add_group, check_fresh, gate_candidates, group_pairs, margin_candidates
+from skyrl.batch.assembly import (
+    Gated,
+    add_group,
+    carried_metrics,
+    check_fresh,
+    gate_candidates,
+    group_pairs,
+    margin_candidates,
+)
 from skyrl.batch.offline import OfflinePairs
 from skyrl.batch.thresholds import Threshold
 from skyrl.monitoring.samples import SampleFiles
-from skyrl.records import DataError, Metrics, SampleGroup, SkyrlError, StepReport, TrainBatch, TrainItem, flatten
+from skyrl.records import Begun, DataError, Metrics, SampleGroup, SkyrlError, StepReport, TrainBatch, TrainItem, flatten
 from skyrl.replay.amount import replay_places, replay_weights
 from skyrl.replay.ssb import Drawn, SelectiveSampleBuffer
 from skyrl.rewards.metrics import failures, refuse_all_failed, reward_metrics
 from skyrl.settings import Config, GrpoFilter, PairSource, ThresholdKind
 
-HEADER = b"skyrl sample buffer 2\n"
+HEADER = b"skyrl sample buffer 3\n"
 """Begins a saved state; those without it are of older versions."""
 
 
@@ -43,6 +53,7 @@ class Batcher:
             self.pairs = OfflinePairs(cfg.data, policy_folder, cfg.rollout, template, tags, trust)
         self.samples = SampleFiles(cfg)
         self._pending: dict[tuple[int, int], list[SampleGroup]] = {}
+        self._begun: dict[int, list[Begun]] = {}
         self._told = False
 
     def ready(self) -> None:
@@ -97,6 +108,8 @@ class Batcher:
 
         metrics = reward_metrics(groups, self.cfg) | self._metrics(gated, batch, drawn)
         metrics |= _mean_and_max("batch/lag", lags)
+        if self.cfg.rollout.oversample or any(group.carried for group in groups):
+            metrics |= carried_metrics(groups)
         if with_pairs and mpo.pairs is not PairSource.dropout_ntp:
             metrics |= self.margin.metrics("threshold/")
         if replays:
@@ -120,22 +133,28 @@ class Batcher:
         batch = self.pairs.batch(step, version, self.cfg.algorithm.weights(step))
         return batch, StepReport({"batch/items": float(len(batch.items))}, samples=0, tokens=0)
 
-    def save(self, path: Path, counts: dict[int, int], *parts: list[SampleGroup]) -> None:
+    def save(self, path: Path, counts: dict[int, int], left: dict[int, int], *parts: Any) -> None:
         """Write everything that later batches depend on: the buffer with its random state, the thresholds, the position
-        in the offline pairs, and the scored groups of steps that were asked for ahead. The file appears as a whole.
+        in the offline pairs, the scored groups of steps that were asked for ahead, and what steps left unfinished. The
+        file appears as a whole.
 
         Args:
             counts: Step asked for ahead → how many of ``parts`` are its groups, in the order of the steps.
-            parts: Lists of scored groups, so many in all.
+            left: Step → how many of the parts behind those are the groups that it left.
+            parts: Lists of scored groups, and of begun ones, so many in all.
         """
         self.samples.wait()  # a checkpoint's steps have their samples
         places = [(step, place) for step, count in counts.items() for place in range(count)]
+        begun, rest = dict[int, list[Begun]](), iter(parts[len(places) :])
+        for step, count in left.items():
+            begun[step] = [one for part in islice(rest, count) for one in part]
         state = {
             "buffer": self.buffer.state_dict(),
             "margin": self.margin.state_dict(),
             "gate": self.gate.state_dict(),
             "pairs": None if self.pairs is None else self.pairs.stream.state_dict(),
-            "pending": dict(zip(places, parts, strict=True)),
+            "pending": dict(zip(places, parts[: len(places)], strict=True)),
+            "begun": begun,
         }
         temporary = path.with_name(f"{path.name}.writing")
         with temporary.open("wb") as file:
@@ -166,7 +185,7 @@ class Batcher:
         self.gate.load_state_dict(state["gate"])
         if self.pairs is not None:
             self.pairs.stream.load_state_dict(state["pairs"])
-        self._pending = state["pending"]
+        self._pending, self._begun = state["pending"], state["begun"]
         return dict(Counter(step for step, _ in self._pending))
 
     def pending(self, step: int, place: int) -> list[SampleGroup]:
@@ -178,6 +197,16 @@ class Batcher:
         if (step, place) not in self._pending:
             raise SkyrlError(f"no saved part {place} of step {step}; there are {sorted(self._pending)}")
         return self._pending.pop((step, place))
+
+    def begun(self, step: int) -> list[Begun]:
+        """Hand out, once, the groups that a step left when the loaded state was saved.
+
+        Raises:
+            SkyrlError: if there are none, or they were handed out already.
+        """
+        if not self._begun.get(step):
+            raise SkyrlError(f"the loaded state has no unfinished groups of step {step}")
+        return self._begun.pop(step)
 
     def _replay(self, batch: TrainBatch, gated: list[Gated]) -> list[Drawn]:
         """Append drawn samples with their GRPO weights; afterwards the fresh ones are in the buffer too."""

@@ -143,7 +143,12 @@ class Crew(Generic[R]):
         return [self.executor.call(member, function, 1, args, kwargs) for member in self.members]
 
     def deal(
-        self, function: Callable[Concatenate[R, A, ...], T], inputs: Iterable[A], *rest: Any, pieces: int = 1
+        self,
+        function: Callable[Concatenate[R, A, ...], T],
+        inputs: Iterable[A],
+        *rest: Any,
+        pieces: int = 1,
+        first: int = 0,
     ) -> list[T]:
         """One input to each member in turn; promises in the order of the inputs.
 
@@ -152,9 +157,10 @@ class Crew(Generic[R]):
             rest: Further arguments, the same for all.
             pieces: Cut each result, a list, into so many lists of neighbours with a promise each, so that a larger
                 crew can share them.
+            first: The member that gets the first input.
         """
         found: list[Any] = []
-        for place, one in enumerate(inputs):
+        for place, one in enumerate(inputs, first):
             made = self.executor.call(self.members[place % len(self)], function, pieces, (one, *rest), {})
             found += [made] if pieces == 1 else made
         return found

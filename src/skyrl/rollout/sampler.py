@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from skyrl.crew.crew import cut
 from skyrl.data.datasets import Chosen
 from skyrl.objective.hybrid import imported
-from skyrl.records import ConfigError, DataError, Prompt, RolloutRequest, Sample, SampleGroup, WeightSnapshot
-from skyrl.rollout.engine import Completion, Engine, EngineRequest
+from skyrl.records import (
+    Begun,
+    ConfigError,
+    DataError,
+    Prompt,
+    RolloutRequest,
+    Sample,
+    SampleGroup,
+    SkyrlError,
+    WeightSnapshot,
+)
+from skyrl.rollout.carried import begin, drawn, extended, finished, going_on
+from skyrl.rollout.engine import Completion, Engine, EngineRequest, Enough
 from skyrl.settings import Config, Overlong, Truncated
 
 BAD_VALUE = (ValueError, TypeError, LookupError, ArithmeticError)
@@ -33,22 +46,29 @@ class Sampler:
     starts with the policy of a Hugging Face folder.
 
     Raises:
-        ConfigError: if there is no such class.
+        ConfigError: if there is no such class, or it can't stop early and ``rollout.oversample`` wants that.
     """
 
     def __init__(self, cfg: Config, policy_folder: str) -> None:
         from skyrl.data.datasets import build_datasets
         from skyrl.policy.encode import PromptEncoder
         from skyrl.policy.lengths import PromptLengths
+        from skyrl.sync.incoming import Incoming
 
         self.cfg, self.version = cfg, 0
         self.datasets = build_datasets(cfg)
         self.encoder = PromptEncoder.configured(policy_folder, cfg)
         self._lengths = PromptLengths(self.encoder, cfg.rollout.max_prompt_tokens)
         self.engine: Engine = imported(cfg.rollout.engine, "rollout.engine")(cfg, policy_folder)
+        if cfg.rollout.oversample and "enough" not in signature(self.engine.generate).parameters:
+            raise ConfigError(
+                f"rollout.oversample={cfg.rollout.oversample:g} with rollout.engine={cfg.rollout.engine}: its generate "
+                "can't stop early, because it takes no argument enough (skyrl.rollout.engine says what that is); say 0"
+            )
         # A tokenizer may name tokens that the output layer does not have.
         self._stop_ids = tuple(i for i in self.encoder.stop_token_ids if i < self.engine.vocabulary)
         self._forbidden_ids = tuple(i for i in self.encoder.forbidden_token_ids() if i < self.engine.vocabulary)
+        self._incoming = Incoming(cfg.learner.lora)
         self._failure: str | None = None
 
     def sizes(self) -> dict[str, int]:
@@ -98,6 +118,62 @@ class Sampler:
         if request.blind:
             prompts = [_blind(prompt) for prompt in prompts if prompt.images]
         return self._groups(prompts, request, self.cfg.rollout.max_new_tokens, self.cfg.rollout.top_p)
+
+    def generate_enough(
+        self, request: RolloutRequest, begun: list[Begun], enough: int, pieces: int
+    ) -> tuple[list[SampleGroup] | list[Begun], ...]:
+        """As :meth:`generate`, but only until ``enough`` groups are complete: those that were begun earlier, before
+        those of the requested rows. The engine is asked for all of them together and stopped then; which ones those
+        are depends on the lengths of the answers alone. A group that ``rollout.max_carried`` steps have left is waited
+        for. Returns the complete groups as so many pieces and, last, the others.
+
+        Raises:
+            DataError: as :meth:`generate`.
+            SkyrlError: if the data set gives another prompt than the one that was begun, or an answer is as long
+                already as this run allows.
+        """
+        most = self.cfg.rollout.max_carried
+        going = sorted(begun, key=lambda one: -one.carried)
+        prompts = [self._begun_prompt(request.split, one) for one in going]
+        new = [self._prompt(request.split, row) for row in request.rows]
+        start = request.step, request.samples_per_prompt, self.cfg.controller.lag
+        going += [begin(row, prompt, *start) for row, prompt in zip(request.rows, new, strict=True)]
+        prompts += new
+        asked = [place for place, one in enumerate(going) if one.open]
+        due = {at for at, place in enumerate(asked) if going[place].carried >= most}
+        missing = enough - (len(going) - len(asked))
+
+        def stop(done: Collection[int]) -> bool:
+            return len(done) >= missing and due.issubset(done)
+
+        if not stop(()):
+            requests = [self._asked_on(prompts[place], going[place], request) for place in asked]
+            answers = self._answers([prompts[place] for place in asked], requests, enough=stop)
+            for place, made in zip(asked, answers, strict=True):
+                going[place] = extended(going[place], made, self.version, self._text)
+                self._check_length(prompts[place], len(going[place].prompt_ids))
+        complete = [place for place, one in enumerate(going) if not one.open][:enough]
+        groups = [finished(going[place], prompts[place]) for place in complete]
+        left = [replace(one, carried=one.carried + 1) for place, one in enumerate(going) if place not in complete]
+        return *cut(groups, pieces), left
+
+    def _begun_prompt(self, split: str, one: Begun) -> Prompt:
+        prompt = self._prompt(split, one.row)
+        if prompt.id != one.prompt_id:
+            raise SkyrlError(
+                f"the checkpoint has unfinished answers to prompt {one.prompt_id!r} of row {one.row}, where the data "
+                f"now have {prompt.id!r}; resume with the data of the first start"
+            )
+        return prompt
+
+    def _asked_on(self, prompt: Prompt, one: Begun, request: RolloutRequest) -> EngineRequest:
+        rollout = self.cfg.rollout
+        whole = self._asked(prompt, replace(request, step=one.step), rollout.max_new_tokens, rollout.top_p)
+        return replace(going_on(one, whole), seed=sample_seed(request.seed, one.step, prompt, drawn(one)))
+
+    def _text(self, made: Completion, token_ids: np.ndarray) -> str:
+        """The text of an answer that has ended. Engines leave special tokens out; tags that are such must stay."""
+        return self.encoder.decode_answer(token_ids.tolist()) if self.encoder.special_tags else made.text
 
     def probe(self) -> list[SampleGroup]:
         """Short sampled answers to the first evaluation prompts, seeded by the policy version, to prove a sync."""
@@ -152,8 +228,7 @@ class Sampler:
             self._check_length(prompt, len(completions[0].prompt_ids))
             samples = []
             for place, made in enumerate(completions):
-                # Engines leave special tokens out of the text; tags that are such tokens must stay.
-                text = self.encoder.decode_answer(made.token_ids.tolist()) if self.encoder.special_tags else made.text
+                text = self._text(made, made.token_ids)
                 samples.append(Sample(place, made.token_ids, made.logprobs, text, made.truncated, self.version))
             groups.append(SampleGroup(prompt, completions[0].prompt_ids, samples))
         return groups
@@ -173,14 +248,14 @@ class Sampler:
             forbidden_ids=self._forbidden_ids,
         )
 
-    def _answers(self, prompts: list[Prompt], asked: list[EngineRequest]) -> list[list[Completion]]:
+    def _answers(self, prompts: list[Prompt], asked: list[EngineRequest], **enough: Enough) -> list[list[Completion]]:
         try:
-            return self.engine.generate(asked) if asked else []
+            return self.engine.generate(asked, **enough) if asked else []
         except BAD_VALUE:  # names no prompt: ask one by one
             for prompt, request in zip(prompts, asked, strict=True):
                 try:
                     self._check_length(prompt, len(self.encoder.encode(prompt)[0]))
-                    self.engine.generate([replace(request, n=1, max_tokens=1)])
+                    self.engine.generate([replace(request, n=1, max_tokens=1, begun=())])
                 except BAD_VALUE as error:
                     sizes = [f"{picture.shape[1]}x{picture.shape[0]}" for picture in prompt.images]
                     raise DataError(
@@ -197,15 +272,15 @@ class Sampler:
     # ------------------------------------------------------------ weights
 
     def load_weights(self, snapshot: WeightSnapshot) -> float:
-        """Replace all weights by the snapshot's; returns its size in megabytes. Calls run one after the other, so an
-        answer has one version.
+        """Replace weights by the snapshot's; returns its size in megabytes. Calls run one after the other, so an answer
+        has one version.
 
         Raises:
-            SyncError: if the snapshot does not cover the policy.
+            SyncError: if the snapshot does not cover the policy, or is partial and not for the weights that are here.
         """
-        self.engine.load(snapshot)
-        self.version = snapshot.version
-        return snapshot.buffer.nbytes / 1e6
+        self.engine.load(self._incoming.tensors(snapshot), snapshot.version, snapshot.base is None)
+        self.version = self._incoming.version = snapshot.version
+        return snapshot.megabytes
 
     def transfer(self, method: str, kwargs: dict[str, Any]) -> None:
         """One call of a transfer that vLLM drives itself (nccl, ipc)."""
@@ -225,13 +300,15 @@ class Sampler:
         self.version = version
 
 
-def sample_seed(run_seed: int, step: int, prompt: Prompt) -> int:
-    """Seed of a prompt's group at a step, 0 … 2^62; sample ``i`` of the group uses this plus ``i``.
+def sample_seed(run_seed: int, step: int, prompt: Prompt, drawn: str = "") -> int:
+    """Seed of a prompt's group at a step, 0 … 2^62; sample ``i`` of the group uses this plus ``i``. ``drawn`` says what
+    there is already of a group that is continued.
 
     A hash, so that neither the number of workers nor the order of the prompts changes what is sampled.
     """
     name = f"{prompt.id}#{prompt.variant}" if prompt.variant else prompt.id
-    digest = hashlib.blake2b(f"{run_seed}/{step}/{name}".encode(), digest_size=8).digest()
+    text = f"{run_seed}/{step}/{name}/{drawn}" if drawn else f"{run_seed}/{step}/{name}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 
 
