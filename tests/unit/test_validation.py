@@ -23,6 +23,7 @@ from skyrl.settings import (
     Config,
     GrpoFilter,
     Mismatch,
+    Offload,
     OwnTerm,
     PairSource,
     Ratio,
@@ -72,7 +73,7 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
         "rollout.max_new_tokens rollout.tensor_parallel_size rollout.max_num_seqs rollout.kv_cache_gib "
         "rollout.probe_prompts rollout.probe_new_tokens reward.model_batch reward.soft_penalty_tokens buffer.capacity "
         "buffer.max_age digits.train_size data.eval_size data.max_pixels learner.micro_batch_tokens "
-        "learner.lora.alpha "
+        "learner.lora.alpha rollout.max_carried "
         "controller.steps checkpoint.keep monitoring.samples_kept "
         "digits.warm_start_steps digits.reward_body_steps digits.reward_steps algorithm.mpo.pairs_per_prompt "
         "data.pairs_per_step evaluate.samples hallucination.mask_patch reward.verifier_processes "
@@ -95,7 +96,7 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
         "learner.weight_decay buffer.alpha algorithm.grpo.weight algorithm.grpo.kl_weight algorithm.grpo.clip_high "
         "algorithm.mpo.weight algorithm.mpo.preference_weight algorithm.mpo.quality_weight "
         "algorithm.mpo.generation_weight reward.model_weight reward.format_weight reward.numeric_tolerance "
-        "rollout.num_cpus reward.num_cpus learner.num_cpus",
+        "rollout.num_cpus reward.num_cpus learner.num_cpus learner.tower_cache_gib",
         [0, 1e-9, 5.0],
         [-1e-9, math.nan, math.inf, "much", None, True],
     ),
@@ -120,7 +121,7 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
     "null, or a number, above 1": ("algorithm.grpo.dual_clip", [None, 1.0000001], [1, math.nan, math.inf]),
     "a number, 0 or more and at most 1": (
         "digits.text_share buffer.mix buffer.uniform_share learner.min_lr_ratio hallucination.mask_share data.pool_min "
-        "data.pool_max",
+        "data.pool_max rollout.oversample",
         [0, 1],
         [-1e-9, 1.0000001, math.nan],
     ),
@@ -227,7 +228,7 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
     "true or false": (
         "buffer.enabled buffer.importance_correction algorithm.mpo.reference_free learner.gradient_checkpointing "
         "checkpoint.export cluster.dashboard cluster.spread monitoring.console monitoring.ray_metrics "
-        "monitoring.tensorboard model.trust_remote_code",
+        "monitoring.tensorboard model.trust_remote_code learner.shared_rows",
         [True, False],
         ["maybe", 2, None],
     ),
@@ -492,6 +493,20 @@ def half_on_cpu(cfg: Config) -> None:
     cfg.model.dtype, cfg.learner.zero_stage = "float16", 1
 
 
+def offload_on_cpu(cfg: Config) -> None:
+    cfg.learner.offload, cfg.learner.zero_stage = Offload.all, 3
+
+
+def offload_unsharded(cfg: Config) -> None:
+    cfg.rollout.device = cfg.learner.device = "cuda"
+    cfg.rollout.weight_sync, cfg.learner.offload = WeightSync.nccl, Offload.optimizer
+
+
+def offload_of_whole_parameters(cfg: Config) -> None:
+    offload_unsharded(cfg)
+    cfg.learner.offload, cfg.learner.zero_stage = Offload.all, 2
+
+
 def half_without_zero(cfg: Config) -> None:
     cfg.model.dtype = "bfloat16"
 
@@ -568,6 +583,9 @@ def pairs_ahead_of_time(cfg: Config) -> None:
         (nccl_on_cpu, ["rollout.weight_sync=nccl", "rollout.device=cpu", "learner.device=cpu", "must be cuda"]),
         (nccl_with_a_cpu_learner, ["rollout.weight_sync=nccl", "rollout.device=cuda", "learner.device=cpu", "use shm"]),
         (half_on_cpu, ["model.dtype=float16", "on CPU use float32"]),
+        (offload_on_cpu, ["learner.offload=all", "learner.device=cpu", "use none"]),
+        (offload_unsharded, ["learner.offload=optimizer", "learner.zero_stage=0", "needs zero_stage=1 or more"]),
+        (offload_of_whole_parameters, ["learner.offload=all", "learner.zero_stage=2", "needs zero_stage=3 or more"]),
         (half_without_zero, ["learner.zero_stage=0", "model.dtype=bfloat16", "zero_stage=1 or more"]),
         (stages_of_which_one_is_off, ["algorithm.stage=mpo_then_grpo", "algorithm.grpo.weight=0", "both"]),
         (mismatch_with_dual_clip, ["algorithm.grpo.dual_clip=3.0", "mismatch=sequence_mask", "set dual_clip=null"]),

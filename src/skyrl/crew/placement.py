@@ -82,7 +82,10 @@ class Placement:
         """
         # A node's cores are shared by the members of one kind that it holds.
         per_node = math.ceil(worker.num_workers / self.nodes) if self.spread else worker.num_workers
-        threads = worker.threads or max(1, self.cores // per_node)
+        # With a lag sampling and learning go on at once, and what waits for a thread that others keep from running
+        # spins: with two threads each on two cores a step takes twice as long as without a lag.
+        at_once = 2 if self.cfg.controller.lag else 1
+        threads = worker.threads or max(1, self.cores // (per_node * at_once))
         found = []
         for place in range(worker.num_workers):
             strategy: Any = "SPREAD" if self.spread else "DEFAULT"

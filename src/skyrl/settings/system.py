@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from enum import Enum
@@ -34,6 +35,14 @@ class Trainable(Enum):
     adapter = "adapter"
     language_and_adapter = "language_and_adapter"
     adapter_and_vision = "adapter_and_vision"
+
+
+class Offload(Enum):
+    none = "none"
+    optimizer = "optimizer"
+    """AdamW's state and gradients; the update happens on the host's cores."""
+    all = "all"
+    """The parameters too; each layer's come to the GPU when it runs."""
 
 
 class WeightSync(Enum):
@@ -130,7 +139,8 @@ class WorkerConfig(Settings):
     """Ray CPUs that one worker reserves. At ``controller.lag=0`` the roles take turns, so the sum over all workers may
     stay below the number of cores while each uses ``threads`` of them in its turn."""
     threads: NonNegativeInt = 0
-    """OpenMP threads of one worker; 0 means the cores of a node shared by its workers of this role."""
+    """OpenMP threads of one worker; 0 means the cores of a node, or half of them with a lag, when two roles work at
+    once, shared by the node's workers of this role."""
 
 
 class RolloutConfig(WorkerConfig):
@@ -138,6 +148,14 @@ class RolloutConfig(WorkerConfig):
     """Class of the engine that samples; docs/architecture.md says what one of your own has to write."""
     prompts_per_step: Count = 64
     """Prompts sampled in a step, shared evenly by the workers."""
+    oversample: Share = 0.0
+    """Further prompts that are sampled at the same time, as a share of ``prompts_per_step``. A step ends when
+    ``prompts_per_step`` groups are complete; the others are stopped, and the next step goes on with them where they
+    are. Long answers then hold up no step, and have tokens of several policy versions. ``max_num_seqs`` must have room
+    for all of them, or they wait. 0 waits for all (docs/results/long_tail.md)."""
+    max_carried: Count = 4
+    """Steps in a row that may be ended without a group that they sampled; the next one waits for it. Only with
+    ``oversample``."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
     """G, the group size. An advantage is a comparison within the group, so a group of one has none."""
     temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0
@@ -156,7 +174,7 @@ class RolloutConfig(WorkerConfig):
     """Share of a GPU's memory that vLLM takes."""
     kv_cache_gib: Count = 1
     """Key-value cache of one CPU engine, GiB; raise it if vLLM says that the longest answer does not fit."""
-    max_num_seqs: Count = 256
+    max_num_seqs: Count = 512
     """Sequences that one engine decodes together."""
     weight_sync: WeightSync = WeightSync.shm
     """How weights reach the engines: backend of vLLM's weight-transfer API."""
@@ -168,6 +186,20 @@ class RolloutConfig(WorkerConfig):
     """Limit of the largest and of the mean |log π_rollout − log π_learner| on the probe. null measures both where the
     gap is above 1e-4: 3 and 2 times what rounding errors do to the learner. Infinity turns it off."""
 
+    @property
+    def in_flight(self) -> int:
+        """Groups that one worker samples at the same time."""
+        share = self.prompts_per_step // self.num_workers
+        return share + math.ceil(round(share * self.oversample, 9))
+
+
+class LoraSync(Enum):
+    merged = "merged"
+    """The weights that have factors, merged: nothing but them is kept in the rollout workers."""
+    adapter = "adapter"
+    """The factors alone, some hundredths of that; a rollout worker keeps the starting weights in shared memory and
+    merges them itself."""
+
 
 class LoraConfig(Settings):
     """Low-rank adapters (peft) instead of whole weights, in the modules that ``learner.trainable`` names."""
@@ -178,6 +210,8 @@ class LoraConfig(Settings):
     """α: the change of a weight is α/r · B·A."""
     targets: list[str] = Field(default_factory=list)
     """Last names of the linear layers that get factors, such as ``q_proj``; none means all but the output layer."""
+    sync: LoraSync = LoraSync.merged
+    """What travels to the rollout workers after the first weight sync (with ``rollout.weight_sync=shm``)."""
 
 
 class LearnerConfig(WorkerConfig):
@@ -186,6 +220,9 @@ class LearnerConfig(WorkerConfig):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """ZeRO stage. A single rank has nothing to shard; with more, 1 shards the optimizer, 2 also the gradients, 3 also
     the parameters."""
+    offload: Offload = Offload.none
+    """What DeepSpeed keeps in host memory instead of the GPU's: less memory there, more time. ``optimizer`` needs
+    ``zero_stage`` 1 or more, ``all`` needs 3; both also with one worker."""
     trainable: Trainable = Trainable.all
     """Modules that are trained (the paper's Table 4)."""
     lora: LoraConfig = LoraConfig()
@@ -205,7 +242,15 @@ class LearnerConfig(WorkerConfig):
     max_grad_norm: Limit = 1.0
     """The whole step's gradient is clipped to this L2 norm; infinity leaves it alone."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens (prompt and answer) of one forward pass; memory only, never the result (beyond rounding)."""
+    """Tokens (prompts and answers) of one forward pass, those of plain rows with their padding; memory only, never the
+    result (beyond rounding)."""
+    shared_rows: bool = True
+    """Run each prompt once for all its answers, without padding. When a run starts it is tried whether the policy then
+    gives the same log-probabilities; if it does not, and with False, each answer runs in a row of its own."""
+    tower_cache_gib: NonNegativeFloat = 2.0
+    """Host memory of each rank, GiB, for what a frozen vision tower makes of pictures: with ``trainable=adapter`` or
+    ``language_and_adapter`` each picture goes through it once, for policy and reference, while its features are among
+    those used last. 0 keeps none, nor does ``zero_stage=3``, where the ranks must run the same modules together."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
 
@@ -218,6 +263,8 @@ def system_problems(cfg: Config, with_learner: bool) -> Iterator[Problem]:
     if rollout.prompts_per_step % rollout.num_workers:
         yield "rollout.prompts_per_step rollout.num_workers", "every worker must get the same number of prompts"
     yield from _devices(cfg, with_learner)
+    if with_learner:
+        yield from _offload(cfg.learner)
 
 
 def _folders(cfg: Config) -> Iterator[Problem]:
@@ -263,6 +310,14 @@ def paths_of(given: str | list[str] | None) -> list[str]:
     return [given] if isinstance(given, str) else given or []
 
 
+def _offload(learner: LearnerConfig) -> Iterator[Problem]:
+    least = {Offload.none: 0, Offload.optimizer: 1, Offload.all: 3}[learner.offload]
+    if learner.offload is not Offload.none and learner.device == "cpu":
+        yield "learner.offload learner.device", "frees GPU memory; on CPU all is in host memory anyway: use none"
+    elif learner.zero_stage < least:
+        yield "learner.offload learner.zero_stage", f"needs zero_stage={least} or more, also with one worker"
+
+
 def _devices(cfg: Config, with_learner: bool) -> Iterator[Problem]:
     rollout, learner, sync = cfg.rollout, cfg.learner, cfg.rollout.weight_sync
     devices = {rollout.device, learner.device} if with_learner else {rollout.device}
@@ -272,6 +327,8 @@ def _devices(cfg: Config, with_learner: bool) -> Iterator[Problem]:
         yield "rollout.weight_sync rollout.device", "shm is for rollouts on CPU; use nccl or ipc"
     if sync is not WeightSync.shm and devices != {"cuda"}:
         yield "rollout.weight_sync rollout.device learner.device", "both devices must be cuda; on CPU use shm"
+    if sync is not WeightSync.shm and learner.lora.rank and learner.lora.sync is LoraSync.adapter:
+        yield "learner.lora.sync rollout.weight_sync", "factors travel by shm only; vLLM's own transfer needs merged"
     if with_learner and cfg.model.dtype != "float32" and learner.zero_stage == 0:
         mend = "gradients of the micro-batches would add up in 16 bits; use zero_stage=1 or more, also with one worker"
         yield "learner.zero_stage model.dtype", mend
