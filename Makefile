@@ -49,7 +49,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 bench: $(STAMP) ## time the parts, one after the other
 	@set -e; for file in benchmarks/*.py; do \
 	  case $$file in */_*) continue;; esac; \
-	  echo "$$file"; $(BIN)/python $$file $(ARGS); \
+	  file=$${file##*/}; echo "$$file"; $(BIN)/python -m benchmarks.$${file%.py} $(ARGS); \
 	done
 
 clean: ## delete the environment and caches; outputs/ and trained models stay

@@ -1,17 +1,21 @@
 """How much a training step costs over its bare parts.
 
-``python benchmarks/step_time.py`` runs the whole system (32 prompts x 8 samples on the embedded default), then, in
-fresh processes without Ray, the two parts that no such system can avoid, on the same prompts and the same tokens:
+``python -m benchmarks.step_time`` lets the whole system (32 prompts x 8 samples on the embedded default) and the parts
+that no such system can avoid take turns, step by step, on the same prompts and the same tokens. ``_parts.py`` says what
+each part is. Ratios of the whole step to
 
-* ``generate``: vLLM's own ``LLM.generate`` with ready-made inputs;
-* ``forward_backward``: a plain PyTorch forward and backward pass of the same micro-batches, with no optimizer step.
+* ``plain``: ``generate`` + ``forward_backward``, and ``distinct``: ``generate`` + ``forward_backward_distinct``: bounds
+  that don't know how the learner makes its rows;
+* ``own``: ``generate`` + ``passes``: with the learner's own rows, so that it stays a bound when they get better;
+* ``parts``: ``sample`` + ``train_step``: our own parts alone. What is above 1 here is Ray, reward, buffer, optimizer
+  and sync.
 
-The learner runs equal rows once (a policy of this size often repeats its answer), the plain pass does not. So there is
-a third, ``forward_backward_distinct``, over the distinct rows only, and ``ratio_distinct`` with it: what the ratio
-would be if the plain pass knew that trick too.
+``overlap limit``: with ``controller.lag=1`` rollout and learner run at once. Both are run at once here, each on its
+share of the cores; no such step can be shorter than the longer one of ``sample`` and ``train_step``.
 
-The learning rate is so small that the policy stays the same, so every part sees the same token counts. Medians of the
-steps after the warm-up. ``--json`` prints one line with ``ratio`` and the parts, in seconds.
+The learning rate is so small that the policy stays the same. Medians (quartiles) of the rounds after the warm-up.
+Writes OUT/step_time.json. Exit status 1 if ``--at-most`` is exceeded by the ratio to ``plain``.
+``$SKYRL_BENCHMARK_MODELS`` names a folder with other models (``policy``, ``reward``).
 """
 
 from __future__ import annotations
@@ -19,58 +23,54 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _parts, _turns
+from benchmarks._turns import ROOT, Block, Side, Spread, Turns, python, started, turn
+
 PROMPTS, SAMPLES = 32, 8
 PHASES = ("rollout", "reward", "buffer", "learner", "sync")
+ORDERS = {
+    "sample": "rollout",
+    "train_step": "learner",
+    "forward_backward": "learner",
+    "forward_backward_distinct": "learner",
+}
+"""What is asked for → the child that does it."""
+BOUNDS = {
+    "plain": ("generate", "forward_backward"),
+    "distinct": ("generate", "forward_backward_distinct"),
+    "own": ("generate", "passes"),
+    "parts": ("sample", "train_step"),
+}
 
 
 def main() -> None:
+    """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
-    parser.add_argument("--steps", type=int, default=20, help="steps measured, the warm-up included")
-    parser.add_argument("--warm-up", type=int, default=8, help="steps that are not counted")
-    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.warm_up >= arguments.steps:
-        parser.error(f"--warm-up {arguments.warm_up} must be less than --steps {arguments.steps}")
-    if arguments.part:
-        seconds = PARTS[arguments.part](arguments.work)
-        (arguments.work / f"{arguments.part}.json").write_text(json.dumps(seconds))
+    parser.add_argument("--steps", type=int, default=12, help="rounds that count")
+    parser.add_argument("--warm-up", type=int, default=6, help="rounds before those")
+    parser.add_argument("--no-limit", action="store_true", help="leave the overlap's limit out: two children less")
+    parser.add_argument("--at-most", type=float, help="highest ratio to plain that is right")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "benchmarks", help="folder of the result")
+    parser.add_argument("--whole", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.whole:
+        serve(config(), given.whole)
         return
-    with tempfile.TemporaryDirectory() as work:
-        result = measure(Path(work), arguments.steps, arguments.warm_up)
-    print(json.dumps(result) if arguments.json else table(result))
-
-
-def measure(work: Path, steps: int, warm_up: int) -> dict[str, float]:
-    """Whole steps first, then each bare part in a process of its own."""
-    from skyrl.crew.ray_executor import COMMON_ENVIRONMENT
-
-    records = whole_steps(work, steps)
-    result = {"step": _median(record["time/step"] for record in records[warm_up:])}
-    for phase in PHASES:
-        result[phase] = _median(record[f"time/{phase}"] for record in records[warm_up:])
-    for part in PARTS:
-        command = [sys.executable, __file__, "--part", part, "--work", str(work)]
-        # The same environment as the actors have: only the system's own work may make a difference.
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | COMMON_ENVIRONMENT)
-        if done.returncode:
-            raise SystemExit(f"{part} failed:\n{done.stderr[-3000:]}")
-        result[f"bare_{part}"] = _median(json.loads((work / f"{part}.json").read_text())[warm_up:])
-    bare = result["bare_generate"] + result["bare_forward_backward"]
-    distinct = result["bare_generate"] + result["bare_forward_backward_distinct"]
-    return {"ratio": result["step"] / bare, "ratio_distinct": result["step"] / distinct, "bare": bare, **result}
+    if given.warm_up < 1 or given.steps < 2:
+        parser.error("--warm-up must be 1 or more, --steps 2 or more")
+    with tempfile.TemporaryDirectory(prefix="step-time-") as work:
+        result = measure(Path(work), given.steps, given.warm_up, not given.no_limit)
+    given.out.mkdir(parents=True, exist_ok=True)
+    result = _turns.saved(given.out / "step_time.json", result)
+    print(json.dumps({k: v for k, v in result.items() if k != "blocks"}) if given.json else table(result))
+    sys.exit(given.at_most is not None and result["ratios"]["plain"]["median"] > given.at_most)
 
 
 def config() -> Any:
@@ -83,129 +83,114 @@ def config() -> Any:
     cfg.data.eval_size = 16
     cfg.cluster.dashboard = False
     cfg.monitoring.wandb = WandbMode.off
-    cfg.checkpoint.export = False
+    cfg.checkpoint.export, cfg.checkpoint.every, cfg.evaluation.every = False, 0, 0
+    cfg.controller.steps = 100_000
     return cfg
 
 
-def whole_steps(work: Path, steps: int) -> list[dict[str, float]]:
-    """Metrics of each step of the real loop; leaves the requests and train batches in ``work``."""
-    from skyrl.crew.ray_executor import ray_session
+def serve(cfg: Any, work: Path) -> None:
+    """The whole system as a child, which leaves ``STEP.pkl`` of each step in ``work`` for the bare parts."""
+    turns = Turns()
+    from benchmarks._system import embedded_models, serve
     from skyrl.data.stream import PromptStream
-    from skyrl.loop import Loop
+    from skyrl.digits.scenes import datasets
     from skyrl.records import RolloutRequest
-    from skyrl.run import model_folders
-    from skyrl.system import start_system
 
-    cfg = config()
-    cfg.controller.steps = steps
-    cfg.evaluation.every = cfg.checkpoint.every = 0
-    records: list[dict[str, float]] = []
-    promised: list[Any] = []
-    policy, reward = model_folders(cfg)
-    with ray_session(cfg, "benchmark"), start_system(cfg, policy, reward) as system:
-        size, pair = system.sizes()["train"], system.buffer.pair
+    policy, reward = embedded_models()
+    stream = PromptStream(len(datasets(cfg)["train"]), cfg.data.seed)
+    asked = cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt
 
-        def noted(*call: Any) -> Any:
-            batch, told = pair(*call)
-            promised.append(batch)
-            return batch, told
+    def report(step: int, metrics: dict[str, float], batch: Any) -> dict[str, Any]:
+        request = RolloutRequest("train", stream.take(asked[0]), step, asked[1], False, cfg.controller.seed)
+        _parts.record(work / f"{step}.pkl", (cfg, policy, request, batch))
+        return {name: value for name, value in metrics.items() if name.startswith(("time/", "overlap/", "learner/"))}
 
-        system.buffer.pair = noted  # type: ignore[method-assign,assignment]
-        Loop(cfg, system, PromptStream(size, 0), _Sink(records), work).run()
-        batches = system.buffer.fetch(promised)
-    stream = PromptStream(size, 0)
-    requests = [RolloutRequest("train", stream.take(PROMPTS), k, SAMPLES, False, 0) for k in range(1, steps + 1)]
-    (work / "recorded.pkl").write_bytes(pickle.dumps((policy, requests, batches)))
-    return records
+    serve(cfg, policy, reward, turns, report, batches=True)
 
 
-class _Sink:
-    def __init__(self, records: list[dict[str, float]]) -> None:
-        self.records = records
+def measure(work: Path, steps: int, warm_up: int, limit: bool) -> dict[str, Any]:
+    """All turns, and what follows from them."""
+    from skyrl.crew.ray_executor import COMMON_ENVIRONMENT
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if "time/step" in metrics:
-            self.records.append(metrics)
-
-    def close(self) -> None:
-        pass
-
-
-def bare_generate(work: Path) -> list[float]:
-    """Seconds of ``LLM.generate`` alone for each recorded request."""
-    from skyrl.rollout.engine import rollout_environment
-
-    cfg = config()
-    os.environ.update(rollout_environment(cfg.rollout, os.cpu_count() or 1))
-    from skyrl.rollout import vllm_engine
-    from skyrl.rollout.sampler import Sampler
-
-    policy, requests, _ = pickle.loads((work / "recorded.pkl").read_bytes())
-    sampler = Sampler(cfg, policy)
-    engine: Any = sampler.engine
-    seconds = []
-    for request in requests:
-        prompts = [sampler.datasets["train"][row] for row in request.rows]
-        limits = cfg.rollout.max_new_tokens, cfg.rollout.top_p
-        asked = [sampler._asked(prompt, request, *limits) for prompt in prompts]
-        inputs, params = [vllm_engine._input(one) for one in asked], [vllm_engine._params(one) for one in asked]
-        engine.forget_caches()  # as in training, where each step has new weights
-        started = time.perf_counter()
-        engine.llm.generate(inputs, params, use_tqdm=False)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    cores = os.cpu_count() or 1
+    whole = Side("whole", python("benchmarks.step_time", "--whole", str(work)), {}, work / "whole.log")
+    with started([whole]):
+        turn(whole, [whole])
+        first, children = str(work / "1.pkl"), {("rollout", cores), ("learner", cores)}
+        if limit:
+            children |= {("rollout", max(1, cores // 2)), ("learner", max(1, cores - cores // 2))}
+        # The same environment as the actors have: only the system's own work may make a difference.
+        bare = [
+            Side(
+                f"{role}-{n}",
+                python("benchmarks._parts", role, str(n), first),
+                COMMON_ENVIRONMENT,
+                work / f"{role}-{n}.log",
+            )
+            for role, n in sorted(children)
+        ]
+        with started(bare) as known:
+            return _rounds(whole, known, work, steps, warm_up, limit)
 
 
-def bare_forward_backward(work: Path, distinct: bool = False) -> list[float]:
-    """Seconds of plain forward and backward passes over each recorded train batch, collation not counted.
-
-    ``distinct`` leaves out rows that another of their micro-batch equals.
-    """
-    import torch
-
-    from skyrl.policy.encode import PromptEncoder
-    from skyrl.policy.module import PolicyModule, load_policy
-    from skyrl.policy.packing import distinct_rows, plan_micro_batches
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    policy, _, batches = pickle.loads((work / "recorded.pkl").read_bytes())
-    encoder = PromptEncoder.from_pretrained(policy)
-    module = PolicyModule(load_policy(policy, "float32"), encoder.forbidden_token_ids())
-    seconds = []
-    for batch in batches:
-        lengths = [len(item.prompt_ids) + len(item.sample.token_ids) for item in batch.items]
-        plan = plan_micro_batches(lengths, batch.pairs, 1, config().learner.micro_batch_tokens)[0]
-        items = [[batch.items[i] for i in part] for part in plan]
-        rows = [[(item.prompt, item.prompt_ids, item.sample.token_ids) for item in part] for part in items]
-        micro = [encoder.collate(distinct_rows(part)[0] if distinct else part) for part in rows]
-        module.zero_grad()
-        started = time.perf_counter()
-        for part in micro:
-            (-module(part)[0].mean()).backward()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+def _rounds(whole: Side, bare: dict[str, Side], work: Path, steps: int, warm_up: int, limit: bool) -> dict[str, Any]:
+    cores, sides = os.cpu_count() or 1, [whole, *bare.values()]
+    shares = [bare[f"rollout-{max(1, cores // 2)}"], bare[f"learner-{max(1, cores - cores // 2)}"]] if limit else []
+    wholes, blocks, limits = list[Block](), list[Block](), list[float]()
+    seconds = defaultdict[str, list[float]](list)
+    for number in range(2, warm_up + steps + 2):
+        round_of = [turn(whole, sides)]
+        file = work / f"{number}.pkl"
+        for order in list(ORDERS) if number % 2 else list(ORDERS)[::-1]:
+            round_of.append(turn(bare[f"{ORDERS[order]}-{cores}"], sides, f"{order} {file}"))
+        words = [f"sample {file}", f"train_step {file}"] if limit else []
+        at_once = _turns.together(shares, words, sides)
+        file.unlink()
+        if number < warm_up + 2:
+            continue
+        blocks += round_of
+        wholes.append(round_of[0])
+        for part, found in (pair for block in round_of[1:] for pair in block.report.items()):
+            seconds[part].append(found)
+        limits += [max(found for block in at_once for found in block.report.values())] if limit else []
+    return _result(wholes, seconds, limits, blocks)
 
 
-PARTS: dict[str, Callable[[Path], list[float]]] = {
-    "generate": bare_generate,
-    "forward_backward": bare_forward_backward,
-    "forward_backward_distinct": partial(bare_forward_backward, distinct=True),
-}
+def _result(
+    wholes: list[Block], seconds: dict[str, list[float]], limits: list[float], blocks: list[Block]
+) -> dict[str, Any]:
+    step = [one.report["time/step"] for one in wholes]
+    bounds = {
+        name: [sum(both) for both in zip(*(seconds[part] for part in parts), strict=True)]
+        for name, parts in BOUNDS.items()
+    }
+    ratios = {name: Spread.of([a / b for a, b in zip(step, bound, strict=True)]) for name, bound in bounds.items()}
+    return {
+        "machine": _turns.machine(),
+        "step": Spread.of(step),
+        "phases": {name: Spread.of([one.report[f"time/{name}"] for one in wholes]) for name in PHASES},
+        "parts": {part: Spread.of(found) for part, found in seconds.items()},
+        "ratios": ratios,
+        "overlap_limit": Spread.of(limits) if limits else None,
+        "warnings": _turns.warnings_of(blocks),
+        "blocks": _turns.as_json(blocks),
+    }
 
 
-def table(result: dict[str, float]) -> str:
-    """The result for people."""
-    lines = [f"{'part':<28}{'seconds':>9}", f"{'whole step':<28}{result['step']:>9.3f}"]
-    lines += [f"  {phase:<26}{result[phase]:>9.3f}" for phase in PHASES]
-    lines += [f"{'bare parts':<28}{result['bare']:>9.3f}"]
-    lines += [f"  {part:<26}{result[f'bare_{part}']:>9.3f}" for part in ("generate", "forward_backward")]
-    lines += [f"{'ratio':<28}{result['ratio']:>9.2f}", "", "the plain pass, equal rows once"]
-    lines += [f"  {'forward_backward_distinct':<26}{result['bare_forward_backward_distinct']:>9.3f}"]
-    return "\n".join([*lines, f"{'ratio with it':<28}{result['ratio_distinct']:>9.2f}"])
+def table(result: dict[str, Any]) -> str:
+    """The result for people, in Markdown."""
+    lines = ["| part | seconds (quartiles) |", "|---|---|", _row("whole step", result["step"])]
+    lines += [_row(f"… {name}", found) for name, found in result["phases"].items()]
+    lines += [_row(f"alone: {name}", found) for name, found in result["parts"].items()]
+    if result["overlap_limit"]:
+        lines += [_row("overlap's limit", result["overlap_limit"])]
+    lines += ["", "| whole step over | ratio (quartiles of the rounds) |", "|---|---|"]
+    lines += [_row(" + ".join(BOUNDS[name]), found) for name, found in result["ratios"].items()]
+    return "\n".join([*lines, *(["", *(f"- {one}" for one in result["warnings"])] if result["warnings"] else [])])
 
 
-def _median(values: Any) -> float:
-    return statistics.median(list(values))
+def _row(name: str, found: Any) -> str:
+    return f"| {name} | {Spread(**found)} |"
 
 
 if __name__ == "__main__":

@@ -74,6 +74,10 @@ METRICS: dict[str, MetricInfo] = {
     "learner/distinct_share": _M("share",
         "Part of the train batch that is left when equal answers to one prompt count once, over the whole step; a "
         "forward pass runs equal rows of its own micro-batch once."),
+    "learner/shared_rows": _M("0 or 1", "1 if each prompt ran once for all its answers, 0 if in a row of each."),
+    "learner/tower_hits": _M("share",
+        "Pictures whose features by the frozen vision tower were there, of those that forward passes asked for since "
+        "the last step; equal ones in one pass count each."),
     "learner/micro_batches": _M("batches", "Forward passes into which the step was cut, of the rank with most."),
     # ---- reward
     "reward/total": _M("-", "Total hybrid reward, mean over the scored answers of the step."),
@@ -94,6 +98,10 @@ METRICS: dict[str, MetricInfo] = {
         "Answers that the length limit ended and that therefore train nothing, of all answers sampled in the step."),
     "response/repetition": _M("share",
         "Token 4-grams that occurred before in the same answer, mean over the step's answers."),
+    # ---- data, with data.overlong=drop
+    "data/left_out_train": _M("prompts",
+        "Training prompts that were left out as longer than `rollout.max_prompt_tokens`, of the data set or the pool."),
+    "data/left_out_eval": _M("prompts", "Evaluation prompts that were left out for that."),
     # ---- hallucination
     "hallucination/rate": _M("share",
         "Answers with at least one false claim about the picture, of the sampled answers to prompts whose picture has "
@@ -125,7 +133,16 @@ METRICS: dict[str, MetricInfo] = {
     "batch/items": _M("samples", "Samples in the batch: fresh, replayed, and those there only for a preference pair."),
     "batch/lag_mean": _M("versions",
         "Policy versions between an answer's sampling and its training, mean over the step's fresh answers."),
-    "batch/lag_max": _M("versions", "The largest such number; `controller.lag` bounds it."),
+    "batch/lag_max": _M("versions",
+        "The largest such number; `controller.lag`, with `rollout.oversample` and `rollout.max_carried`, bounds it."),
+    # ---- rollout, with rollout.oversample
+    "rollout/carried": _M("share",
+        "Groups that an earlier step had begun and left unfinished, of the step's groups."),
+    "rollout/carried_max": _M("steps", "Most steps that had left one of them; `rollout.max_carried` bounds it."),
+    "rollout/stopped": _M("share", "Answers whose tokens several policy versions drew, of the step's answers."),
+    "rollout/versions_mean": _M("versions",
+        "Policy version of an answer's last token minus that of its first, mean over the step's answers."),
+    "rollout/versions_max": _M("versions", "The largest such number."),
     # ---- sync
     "sync/logprob_gap": _M("nats",
         "Largest difference of rollout and learner log-probability over the probe's tokens, after a sync."),
@@ -135,7 +152,7 @@ METRICS: dict[str, MetricInfo] = {
         "this policy (`rollout.logprob_gap_limit`)."),
     "sync/retries": _M("syncs", "Weight syncs that had to be sent a second time because the first probe failed."),
     "sync/seconds": _M("s", "Wall time of the weight transfer and its probe."),
-    "sync/megabytes": _M("MB", "Size of the weights sent to each rollout worker (10^6 bytes)."),
+    "sync/megabytes": _M("MB", "Weights sent to each rollout worker (10^6 bytes), a second sending included."),
     # ---- time and throughput
     "time/rollout": _M("s", "Wall time of sampling in the step."),
     "time/reward": _M("s", "Wall time of scoring in the step."),
