@@ -24,6 +24,20 @@ def processor() -> Any:
     return build_processor()
 
 
+class CountingProcessor:
+    """The processor, and how often it was asked for pictures."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(processor(), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return processor()(*args, **kwargs)
+
+
 def encoder() -> PromptEncoder:
     """A fresh encoder with an empty cache."""
     return PromptEncoder(processor())

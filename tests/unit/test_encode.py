@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import SHADES, answer_ids, encoder, noise, picture, processor, prompt, random_model
+from tiny_models import SHADES, CountingProcessor, answer_ids, encoder, noise, picture, processor, prompt, random_model
 
 from skyrl.digits.architecture import CHAT_TEMPLATE, IMAGE_TOKENS, SPECIAL, build_tokenizer
 from skyrl.policy import encode
@@ -354,20 +354,6 @@ def test_a_text_only_policy_takes_text_and_refuses_pictures_by_name() -> None:
 
 
 # ---------------------------------------------------------------- cache
-
-
-class CountingProcessor:
-    """The processor, and how often it was asked for pictures."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(processor(), name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return processor()(*args, **kwargs)
 
 
 def test_the_cache_is_bounded_and_keeps_what_was_used_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import encoder, noise, picture, processor, prompt
+from tiny_models import CountingProcessor, encoder, noise, picture, prompt
 
 from skyrl.policy.encode import PromptEncoder
 from skyrl.policy.lengths import PromptLengths
@@ -19,22 +19,8 @@ def black(one: Prompt) -> Prompt:
     return replace(one, images=tuple(np.broadcast_to(np.uint8(0), image.shape) for image in one.images))
 
 
-class Counting:
-    """The processor, and how often it was asked for pictures."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(processor(), name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return processor()(*args, **kwargs)
-
-
 def test_lengths_are_the_processors_and_each_size_is_run_once() -> None:
-    counting = Counting()
+    counting = CountingProcessor()
     lengths, maker = PromptLengths(PromptEncoder(counting), limit=1000), encoder()
     asked = [prompt(f"p{n}", *[noise(n)] * (n % 3), question="What is it? " * (n + 1)) for n in range(12)]
     asked.append(replace(asked[1], turns=(Turn("system", ("Be brief.",)), Turn("user", ("A", None, "B")))))
@@ -44,7 +30,7 @@ def test_lengths_are_the_processors_and_each_size_is_run_once() -> None:
 
 
 def test_near_the_limit_the_whole_prompt_is_encoded() -> None:
-    counting = Counting()
+    counting = CountingProcessor()
     one = prompt("p", picture(0))
     lengths = PromptLengths(PromptEncoder(counting), limit=len(encoder().encode(one)[0]) + 3)
     for _ in range(2):
@@ -53,7 +39,7 @@ def test_near_the_limit_the_whole_prompt_is_encoded() -> None:
 
 
 def test_pictures_that_the_processor_refuses_name_the_prompt() -> None:
-    class Refusing(Counting):
+    class Refusing(CountingProcessor):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             raise ValueError("absolute aspect ratio must be smaller than 200")
 
