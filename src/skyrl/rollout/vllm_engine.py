@@ -24,8 +24,8 @@ from skyrl.settings import Config, WeightSync
 from skyrl.sync import shm_transfer
 
 CPU_BATCHED_TOKENS = 16384
-PICTURE_CACHE_GIB = 0.05
-"""Processed pictures that are kept on a CPU host: those of small held-out prompts come again at each evaluation."""
+PICTURE_CACHE_GIB = 0.01
+"""Processed pictures that are kept on a CPU host: those of the probe come again at each sync."""
 BAD_MODEL = (ValueError, NotImplementedError, KeyError, ImportError)
 """What vLLM raises for lengths beyond the model's positions, heads that no kernel takes, a token that is not there, a
 package that is missing."""
