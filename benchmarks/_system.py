@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._turns import EndedError, Turns
+from skyrl.monitoring.sink import MetricSink
 from skyrl.records import Metrics, TrainBatch
 from skyrl.settings import Config
 
@@ -21,11 +22,11 @@ Report = Callable[[int, Metrics, TrainBatch | None], dict[str, Any]]
 
 def embedded_models() -> tuple[str, str]:
     """Folders of the policy and the reward model of the default, made now unless they are cached."""
-    from skyrl.digits import embedded
+    from skyrl.digits.embedded import embedded_models as made
 
     if given := os.environ.get(MODELS):
         return str(Path(given, "policy").absolute()), str(Path(given, "reward").absolute())
-    policy, reward = embedded.embedded_models(Config())
+    policy, reward = made(Config())
     return str(policy), str(reward)
 
 
@@ -64,7 +65,7 @@ def serve(cfg: Config, policy: str, reward: str | None, turns: Turns, report: Re
             Loop(cfg, system, PromptStream(system.sizes()["train"], cfg.data.seed), sink, Path(work)).run()
 
 
-class _Turns:
+class _Turns(MetricSink):
     """The loop's sink: it hands over what a step gave, and waits for the order to go on."""
 
     def __init__(self, turns: Turns, report: Report) -> None:
@@ -76,6 +77,3 @@ class _Turns:
             self.turns.wait(**self.report(step, metrics, self.batch()))
         elif any(name.startswith("eval/") for name in metrics):  # before the first step
             self.turns.wait(ready=True)
-
-    def close(self) -> None:
-        pass

@@ -34,6 +34,7 @@ import psutil
 from skyrl.batch.batcher import Batcher
 from skyrl.data.stream import PromptStream
 from skyrl.digits.scenes import DigitScenes
+from skyrl.monitoring.sink import MetricSink
 from skyrl.records import Metrics, Prompt, RewardParts, Sample, SampleGroup
 from skyrl.run import model_folders
 from skyrl.settings import Config, WandbMode
@@ -110,7 +111,7 @@ def measure(steps: int, prompts: int, data: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Watch:
+class Watch(MetricSink):
     """A metric sink that looks at the processes after a step."""
 
     def __init__(self, system: System) -> None:
@@ -137,9 +138,6 @@ class Watch:
                 continue
             if name:
                 self.seen[name].append((step, memory.uss / MIB, (memory.rss - memory.uss) / MIB))
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def own_pid(_member: object) -> int:

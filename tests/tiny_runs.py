@@ -13,7 +13,8 @@ from skyrl.crew.crew import LocalExecutor
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
 from skyrl.loop import Loop
-from skyrl.records import TrainBatch
+from skyrl.monitoring.sink import MetricSink
+from skyrl.records import Event, TrainBatch
 from skyrl.settings import Config, PairSource, ThresholdKind, WandbMode
 from skyrl.system import start_system
 
@@ -75,6 +76,7 @@ class Watched(LocalExecutor):
     """
 
     def __init__(self, before_step: Callable[[LearnerStep, TrainBatch], None] = lambda *_: None) -> None:
+        super().__init__()
         self.before_step = before_step
         self.calls: list[str] = []
         self.batches: list[TrainBatch] = []
@@ -87,7 +89,7 @@ class Watched(LocalExecutor):
         return super().call(member, function, pieces, args, kwargs)
 
 
-class Sink:
+class Sink(MetricSink):
     """Keeps the metrics of each step.
 
     Args:
@@ -98,6 +100,8 @@ class Sink:
         self.kill_at = kill_at
         self.steps: dict[int, dict[str, float]] = {}
         self.all: list[tuple[int, dict[str, float]]] = []
+        self.events: list[Event] = []
+        self.rewound: list[int] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.all.append((step, metrics))
@@ -106,8 +110,11 @@ class Sink:
                 raise Killed
             self.steps[step] = metrics
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def rewind(self, step: int) -> None:
+        self.rewound.append(step)
 
 
 def run_loop(

@@ -71,7 +71,7 @@ class Worker:
             start_system(cfg, policy, reward, executor, rollouts=self.rollouts) as system,
         ):
             stream = PromptStream(system.sizes()["train"], cfg.controller.seed)
-            Loop(cfg, system, stream, sink, Path(folder)).run()
+            Loop(cfg, system, stream, sink, Path(folder)).run()  # type: ignore[arg-type]
         del system
         gc.collect()
         return {
@@ -96,14 +96,20 @@ class _Sink:
         self.steps: list[dict[str, float]] = []
         self.evaluations: list[dict[str, float]] = []
 
+    def event(self, event: Any) -> None:
+        """Nothing is lost in one process."""
+
+    def rewind(self, step: int) -> None:
+        """Nor does a run go back."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if "eval/accuracy" in metrics:
             self.evaluations.append(_rounded(step, metrics, [n for n in metrics if n.startswith("eval/")]))
         elif "time/step" in metrics:
             self.steps.append(_rounded(step, metrics, [n for n in STEP_METRICS if n in metrics]))
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _rounded(step: int, metrics: dict[str, float], names: list[str]) -> dict[str, float]:

@@ -200,6 +200,12 @@ class Ahead:
             left = self._restored(saved["step"], saved["left"])
             self._asked.append(Rollout(saved["step"], rows, self.stream.state_dict(), parts, parts, parts, left))
 
+    def start_over(self, position: dict[str, Any]) -> None:
+        """Forget all that was asked, and take the rows from ``position``, the beginning, again."""
+        self.stream.load_state_dict(position)
+        self.position, self._next, self.left = position, 1, Left()
+        self._asked.clear()
+
     def _restored(self, step: int, count: int) -> Left:
         """What the step left, shared by the members of this run, of which there may be more or fewer now."""
         if count == 0:

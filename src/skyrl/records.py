@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -291,6 +291,37 @@ class StepReport:
 
 
 @dataclass(slots=True, frozen=True)
+class Event:
+    """Something that happened in a run, and that its operator should know of."""
+
+    time: float
+    """Seconds since the epoch."""
+    step: int
+    """The step that was going on."""
+    kind: str
+    """``alarm``; ``unsaved``, of a checkpoint; or of members: ``replaced``, ``left``, ``joined``, and ``restarted`` for
+    the learner."""
+    member: str
+    """Whom it is about; "" for the run as a whole."""
+    text: str
+
+
+class CallRecord(NamedTuple):
+    """A call to a member that has ended. Times are seconds since the epoch."""
+
+    member: str
+    call: str
+    """Class and function, ``Sampler.generate``."""
+    asked: float
+    """By the clock of the process that asked; the others by that of the member."""
+    started: float
+    ended: float
+    step: int | None = None
+    """The step that it works for, which with ``controller.lag`` may be a later one than the one that was going on; None
+    where its arguments do not say."""
+
+
+@dataclass(slots=True, frozen=True)
 class RolloutRequest:
     """What a rollout worker is asked for. Prompts go by row number: the worker holds the data set, so the
     controller never touches a picture."""
@@ -345,6 +376,17 @@ class ConfigError(SkyrlError):
 
 class DataError(SkyrlError):
     """A row, picture or token sequence is broken; the message names it."""
+
+
+class MemberLost(SkyrlError):
+    """A member died or hung, and nothing in the run can stand in for it."""
+
+    def __init__(self, member: str, call: str, text: str) -> None:
+        super().__init__(text)
+        self.member, self.call = member, call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.member, self.call, str(self))
 
 
 class SyncError(SkyrlError):

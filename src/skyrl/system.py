@@ -6,15 +6,17 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
 from skyrl.batch.batcher import Batcher
 from skyrl.crew.crew import Crew, Executor, LocalExecutor, MemberSpec
-from skyrl.crew.placement import BUFFER_CPUS, Placement, check_resources
+from skyrl.crew.hosts import Hosts, hosts_of
+from skyrl.crew.placement import BUFFER_CPUS, Placement, check_resources, wait_for_room
 from skyrl.learner.step import LearnerStep
 from skyrl.records import Begun, ConfigError, DataError, RolloutRequest, SampleGroup
 from skyrl.rewards.rewarder import Rewarder
@@ -30,8 +32,6 @@ MEASURING_SHOWN = 10
 """Seconds between two lines about it."""
 NAMED_ROWS = 10
 """Rows that a message names."""
-REWARD_RESTARTS = 3
-"""A reward member has no state, so Ray may start it again; any other loss ends the run, which a checkpoint resumes."""
 
 
 @dataclass(slots=True)
@@ -45,6 +45,8 @@ class System:
     learners: Crew[LearnerStep] = None  # type: ignore[assignment]
     """Each call goes to all of its ranks."""
     syncer: Syncer = None  # type: ignore[assignment]
+    hosts: Hosts = field(default_factory=lambda: Hosts(None, {}, 0.0))
+    """The other hosts that members are on."""
 
     @property
     def crews(self) -> list[Crew[Any]]:
@@ -72,6 +74,18 @@ class System:
             )
             fresh, left = [*fresh, *made], [*left, rest]
         return fresh, self.rewards.deal(Rewarder.score, fresh), left
+
+    def join(self) -> list[None]:
+        """Let the learner ranks meet and build the starting policy; promises."""
+        port = self.learners.one(LearnerStep.free_port)
+        return self.learners.ask(LearnerStep.join, self.learners.hosts()[0], port)
+
+    def restart_learners(self) -> None:
+        """Build all ranks anew: they hold the starting policy afterwards."""
+        for place in range(len(self.learners)):
+            self.learners.rebuild(place)
+        self.learners.fetch(self.join())
+        self.syncer.forget()
 
     def sizes(self) -> dict[str, int]:
         """Prompts per split, as the rollout members see them; waits until one is up."""
@@ -140,9 +154,15 @@ def start_system(
 
         from skyrl.crew.ray_executor import RayExecutor
 
-        executor, nodes = RayExecutor(), [node for node in ray.nodes() if node["Alive"]]
+        nodes = [node for node in ray.nodes() if node["Alive"]]
         check_resources(cfg, nodes, train)
+        wait_for_room(cfg, train)
+        hosts = hosts_of(cfg, policy, reward, train)
+        hosts.prepare()
+        folder = Path(cfg.run_dir) if cfg.run_dir else None
+        executor = RayExecutor(cfg.controller.restarts, prepare=hosts.prepare, folder=folder)
     else:
+        hosts = Hosts(None, {}, 0.0)
         nodes = [{"Resources": {"CPU": os.cpu_count() or 1}}]
         if isinstance(executor, LocalExecutor) and cfg.learner.num_workers > 1:
             raise ConfigError(f"learner.num_workers={cfg.learner.num_workers}: must be 1 where all runs in one process")
@@ -159,12 +179,15 @@ def start_system(
         gpu = 1 if cfg.reward.device == "cuda" and reward is not None else 0
         judges = placement.specs(
             "reward", Rewarder, cfg.reward, lambda _, threads: (cfg, policy, reward, threads), gpus=gpu,
-            restarts=REWARD_RESTARTS,
         )  # fmt: skip
-        system = System(rollouts or started(rollout_specs(cfg, placement, policy)), started(judges))
+        system = System(rollouts or started(rollout_specs(cfg, placement, policy)), started(judges), hosts=hosts)
+        # What they were built with is all that they need, as long as nothing is trained.
+        system.rollouts.revive = system.rewards.revive = lambda place: None
         up = [*system.rollouts.ask(Sampler.sizes), *system.rewards.ask(Rewarder.ready)]
         if train:
-            system.buffer = started([MemberSpec("sample-buffer", Batcher, (cfg, policy), BUFFER_CPUS)])
+            cpus = 0.0 if hosts.apart() else BUFFER_CPUS  # a head may have none to give away
+            buffer = MemberSpec("sample-buffer", Batcher, (cfg, policy), cpus, strategy=hosts.home())
+            system.buffer = started([buffer])
             device = cfg.learner.device
             ranks = placement.specs(
                 "learner", LearnerStep, cfg.learner, lambda rank, threads: (cfg, policy, rank, threads),
@@ -172,12 +195,12 @@ def start_system(
                 gpus=1 if device == "cuda" else 0, shares_gpu=True,
             )  # fmt: skip
             system.learners = started(ranks)
-            port = system.learners.one(LearnerStep.free_port)
             if placement.shares_gpus:  # an engine measures its memory, and must be alone on its GPU meanwhile
                 system.rollouts.each(Sampler.sizes)
-            up += system.buffer.ask(Batcher.ready)
-            up += system.learners.ask(LearnerStep.join, system.learners.hosts()[0], port)
+            up += [*system.buffer.ask(Batcher.ready), *system.join()]
             system.syncer = Syncer(system.learners, system.rollouts, cfg)
+        for crew in system.crews:
+            crew.find_place()
         system.rollouts.fetch(up)
         yield system
 

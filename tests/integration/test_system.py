@@ -152,8 +152,8 @@ def test_a_trained_but_unsynced_policy_is_noticed_and_a_sync_mends_it(system: Sy
 
 def test_a_skipped_sync_stops_with_a_clear_error(system: System) -> None:
     class Skipping(Syncer):
-        def _send(self, version: int, base: int | None) -> float:
-            return 0.0
+        def _send(self, version: int, base: int | None) -> tuple[float, list[Any]]:
+            return 0.0, self.rollouts.ask(Sampler.probe)
 
     _train(system, step=2, version=2)
     syncer = system.syncer

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
 from typing import Any
 
 import pytest
 
 from skyrl.crew.crew import Crew, LocalExecutor, MemberSpec, cut
-from skyrl.records import SkyrlError
+from skyrl.records import CallRecord, MemberLost, RolloutRequest, SkyrlError
 
 
 class Counter:
@@ -96,27 +96,72 @@ def test_what_a_constructor_raises_is_raised_and_the_members_before_it_are_ended
     assert ended == ["a"]
 
 
-def test_waiting_ends_with_the_calls_that_are_late() -> None:
-    class Late(LocalExecutor):
-        """Nothing is ready in time but "done"."""
+def lose(made: Crew[Counter], place: int, placed: bool = True) -> Any:
+    """What takes over the work of a member that died, as an executor asks the crew for it."""
+    made.executor.placed = lambda member, seconds: placed  # type: ignore[method-assign]
+    return made._replace(made.members[place], MemberLost(f"counter-{place}", "Counter.add", f"counter-{place} died"))
 
-        def poll(self, promises: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
-            assert seconds == 10.0
-            return [one for one in promises if one == "done"], [one for one in promises if one != "done"]
 
-        def fetch(self, promises: Sequence[Any], timeout: float, waited: float = 0.0) -> list[Any]:
-            raise SkyrlError(f"{promises} took {timeout + waited:g} s")
+def test_a_lost_member_is_built_anew_prepared_revived_and_told_of() -> None:
+    made, told = crew(1, 10), []
+    made.tell = lambda *event: told.append(event)
+    made.prepare(Counter.add, 5)
+    made.revive = lambda place: made.fetch([made.at(place, Counter.add, 100)])
+    assert lose(made, 1) is made.members[1]
+    assert made.each(Counter.add, 0) == [6, 10 + 5 + 100]
+    text = "counter-1 died; it was built anew, its unfinished work is asked again"
+    assert told == [("replaced", "counter-1", text)]
 
-    made = Crew(Late(), [MemberSpec("counter-0", Counter, ("a",))], timeout=10.0)
-    made.wait(["done", "done"])
-    with pytest.raises(SkyrlError, match=r"\['late'\] took 10 s"):
-        made.wait(["done", "late"])
+
+def test_a_crew_that_may_not_replace_passes_the_loss_on() -> None:
+    made = crew(1)
+    with pytest.raises(MemberLost, match=r"^counter-0 died$"):
+        lose(made, 0)
+
+
+def test_others_do_the_work_of_a_member_that_no_node_has_room_for_until_one_has() -> None:
+    made, told = crew(1, 10, 100), []
+    made.tell = lambda kind, member, text: told.append((kind, member))
+    made.revive = lambda place: None
+    second, third = made.members[1:]
+    assert lose(made, 1, placed=False) is third
+    assert (made.members[1], len(made), list(made.away)) == (third, 2, ["counter-1"])
+    made.executor.room = lambda spec: False  # type: ignore[method-assign]
+    made.tend()
+    assert len(made) == 2
+    made.executor.room, made.executor.placed = (lambda spec: True), (lambda *_: True)  # type: ignore[method-assign]
+    made.tend()
+    assert made.each(Counter.add, 0) == [1, 10, 100] and not made.away and made.members[1] is not second
+    assert told == [("left", "counter-1"), ("joined", "counter-1")]
+
+
+def test_without_any_member_left_the_loss_is_passed_on() -> None:
+    made = crew(1)
+    made.revive = lambda place: None
+    with pytest.raises(SkyrlError, match="counter-0 died; no node has room for a new one"):
+        lose(made, 0, placed=False)
+
+
+def test_the_history_has_each_call_with_the_step_that_it_was_asked_for() -> None:
+    made = crew(0)
+    before = time.time()
+    made.fetch(made.deal(asked, [RolloutRequest("train", (), 7, 1, False, 0)]))
+    made.each(Counter.add, 1)
+    first, second = made.executor.history
+    assert (first.member, first.call, first.step) == ("counter-0", "asked", 7)
+    assert (second.call, second.step) == ("Counter.add", None)
+    assert before <= first.asked <= first.started <= first.ended <= second.asked
+
+
+def asked(counter: Counter, request: RolloutRequest) -> int:
+    return request.step
 
 
 def test_the_seconds_of_a_call_are_those_of_the_slowest_member() -> None:
     made = crew(0, 0)
     made.each(Counter.add, 1)
-    for member, seconds in zip(made.members, (0.5, 2.0), strict=True):
-        member._seconds["Counter.add"] = seconds
+    made.executor.history.clear()
+    for place, seconds in enumerate((0.5, 2.0)):
+        made.executor.history.append(CallRecord(f"counter-{place}", "Counter.add", 1.0, 1.0, 1.0 + seconds))
     assert made.seconds(Counter.add) == 2.0
     assert made.seconds(Counter.spell) == 0.0

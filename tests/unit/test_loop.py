@@ -7,7 +7,7 @@ the time that the sync takes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tiny_runs import PROMPTS, Watched, config, numbers, policy_folder, run_loop
 from skyrl.crew.crew import LocalExecutor, Member, MemberSpec
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
-from skyrl.records import ConfigError, SampleGroup, SkyrlError, SyncError, TrainBatch
+from skyrl.records import ConfigError, MemberLost, SampleGroup, SkyrlError, SyncError, TrainBatch
 from skyrl.rewards.reward_model import RewardModel
 from skyrl.rewards.scorers import SCALE_FILE
 from skyrl.settings import Config, PairSource, Stage
@@ -225,8 +225,8 @@ def test_members_that_share_the_work_and_a_kill_at_every_step_change_no_number(
 
 def test_one_rollout_member_with_old_weights_stops_the_run(policy: str, tmp_path: Path) -> None:
     class Deaf(Watched):
-        def start(self, spec: MemberSpec[Any]) -> Member[Any]:
-            member = super().start(spec)
+        def start(self, spec: MemberSpec[Any], lost: Callable[[Any, MemberLost], Any]) -> Member[Any]:
+            member = super().start(spec, lost)
             if spec.name == "rollout-1":
                 member.build().engine.load = lambda *_: None
             return member
@@ -245,9 +245,9 @@ def test_one_step_calls_every_part_in_the_order_of_the_dataflow(policy: str, tmp
     cfg, watched = config(tmp_path, 1), Watched()
     cfg.checkpoint.export = True
     run_loop(cfg, policy, watched)
-    sync = ["snapshot", "load_weights", "probe", "probe_gap"]
+    sync = ["snapshot", "update", "probe_gap"]
     evaluation, first = ["sizes", "generate", "score", "generate", "score", "picture_drop", "evaluate"], ["remarks"]
-    start = ["sizes", "ready", "free_port", "ready", "join", "sizes"]
+    start = ["sizes", "ready", "ready", "free_port", "join", "sizes"]
     step = ["generate", "score", "exchange", "train_step", *sync]
     assert watched.calls == [*start, *sync, *evaluation, *first, *step, *evaluation, "save", "save", "export"]
     assert (tmp_path / "policy" / "config.json").is_file()
@@ -283,9 +283,8 @@ def test_dropout_ntp_continues_the_scored_groups_without_the_picture(policy: str
     waited: list[int] = []
 
     class Waited(Watched):
-        def poll(self, promises: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
+        def wait(self, promises: Sequence[Any], timeout: float) -> None:
             waited.append(len(promises))
-            return super().poll(promises, seconds)
 
     cfg, watched = config(tmp_path, 3, lag=1), Waited()
     cfg.hallucination.probe_prompts = cfg.evaluation.every = 0

@@ -14,9 +14,9 @@ from learner_plain import joined, plain_settings
 
 from skyrl.crew.crew import Crew, LocalExecutor
 from skyrl.learner.step import LearnerStep
+from skyrl.policy.rounding import rounding_errors
 from skyrl.records import Prompt, Sample, SampleGroup, SkyrlError, SyncError
 from skyrl.settings import Config
-from skyrl.sync.rounding import rounding_errors
 from skyrl.sync.syncer import FLOOR, LARGEST, Gap, Syncer, limit_of, probe_gap, rounding_gap
 
 
@@ -40,9 +40,9 @@ class Scripted(Syncer):
         values = self.gaps if function is probe_gap else self.rounding
         return [Gap(4 * values[0], values.pop(0))]
 
-    def _send(self, version: int, base: int | None) -> float:
+    def _send(self, version: int, base: int | None) -> tuple[float, list[Any]]:
         self.sent.append(base)
-        return 10.0 if base is None else 1.0
+        return (10.0 if base is None else 1.0), []
 
 
 def test_a_good_sync_is_sent_once_and_nothing_is_measured() -> None:

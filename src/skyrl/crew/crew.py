@@ -16,17 +16,26 @@ become: a type checker then follows the groups from the sampler to the learner. 
 waited for and fetched; nothing else. So a driver moves references and never holds a tensor or a picture.
 
 Calls to one member run in the order in which they were made: weights wait for the answers asked before them.
+
+**Supervision.** Whoever waits notices that a member died, or did not answer in time. A crew that may replace its
+members (:attr:`Crew.revive`) then builds the member anew, gives it what it had, and makes its unfinished calls again
+with the same arguments: a promise stays the same promise. Where no node has room for the member, the others do its work
+until one has (:meth:`Crew.tend`). A crew that may not raises :class:`~skyrl.records.MemberLost`.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from time import perf_counter
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
-from skyrl.records import SkyrlError
+from skyrl.records import CallRecord, MemberLost, RolloutRequest, SkyrlError
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 A = TypeVar("A")
@@ -48,8 +57,6 @@ class MemberSpec(Generic[R]):
     gpus: float = 0.0
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables that must be set before its libraries are imported."""
-    restarts: int = 0
-    """How often Ray itself may start a dead one again; only for a role without state."""
     strategy: Any = "DEFAULT"
     """Ray's scheduling strategy."""
 
@@ -57,34 +64,54 @@ class MemberSpec(Generic[R]):
 class Member(Generic[R]):
     """One role object and the functions run on it. Ray makes an actor of this class, the only actor class there is."""
 
-    def __init__(self, role: Callable[..., R], args: tuple[Any, ...]) -> None:
-        self._role, self._args = role, args
+    def __init__(self, spec: MemberSpec[R]) -> None:
+        self.spec = spec
         self._part: R | None = None
-        self._seconds: dict[str, float] = {}
+
+    def there(self) -> None:
+        """It has a process."""
 
     def build(self) -> R:
         """The role object, made at the first call. What its constructor raises, every later call raises too: as the
         error of a call it keeps its type and message on the way out of a Ray actor."""
         if self._part is None:
-            self._part = self._role(*self._args)
+            self._part = self.spec.role(*self.spec.args)
         return self._part
 
-    def call(self, function: Callable[..., Any], pieces: int, *args: Any, **kwargs: Any) -> Any:
-        """Run ``function`` on the role object; a result of several ``pieces`` is a tuple of so many."""
-        part, started = self.build(), perf_counter()
+    def call(self, function: Callable[..., Any], pieces: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Run ``function`` on the role object. Returns the result's so many ``pieces`` and, last, when the call started
+        and ended."""
+        part, started = self.build(), time.time()
         result = function(part, *args, **kwargs)
-        self._seconds[call_name(function)] = perf_counter() - started
-        return result if pieces == 1 else cut(result, pieces)
-
-    def seconds(self, name: str) -> float:
-        """Wall time of the last call of that name; 0 if there was none."""
-        return self._seconds.get(name, 0.0)
+        parts = (result,) if pieces == 1 else cut(result, pieces)
+        return *parts, (started, time.time())
 
 
 class Executor(Protocol):
     """Where members run: ``RayExecutor`` or ``LocalExecutor``. ``member`` is what ``start`` returned."""
 
-    def start(self, spec: MemberSpec[Any]) -> Any: ...
+    history: deque[CallRecord]
+    """Of the calls that were waited for, in the order in which that was noticed."""
+
+    def start(self, spec: MemberSpec[Any], lost: Callable[[Any, MemberLost], Any]) -> Any:
+        """Build a member.
+
+        Args:
+            lost: Called with a member that died or hung; returns the one that takes over its work, or raises.
+        """
+        ...
+
+    def restart(self, member: Any) -> Any:
+        """End a member, which may be dead already, and build it anew. It has lost all state."""
+        ...
+
+    def placed(self, member: Any, seconds: float) -> bool:
+        """Whether a member that was just built got a place to run within so many seconds."""
+        ...
+
+    def room(self, spec: MemberSpec[Any]) -> bool:
+        """Whether there is a place for one more member."""
+        ...
 
     def stop(self, member: Any) -> None: ...
 
@@ -92,25 +119,39 @@ class Executor(Protocol):
         """A promise, or a list of promises if ``pieces`` is above 1. Returns at once."""
         ...
 
-    def seconds(self, member: Any, name: str) -> Any:
-        """A promise of :meth:`Member.seconds`."""
+    def seconds(self, member: Any, name: str) -> float:
+        """Wall time of the last call of that name that was waited for; 0 if there was none."""
         ...
 
     def poll(self, promises: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
         """Those that are ready within so many seconds, and the others. Moves no value."""
         ...
 
-    def fetch(self, promises: Sequence[Any], timeout: float, waited: float = 0.0) -> list[Any]:
-        """Their values. ``waited``: seconds that went by already, for the message.
+    def wait(self, promises: Sequence[Any], timeout: float) -> None:
+        """Block until all are ready. Moves no value. Errors as :meth:`fetch`."""
+        ...
+
+    def fetch(self, promises: Sequence[Any], timeout: float) -> list[Any]:
+        """Their values.
 
         Raises:
             SkyrlError: what a member raised; or which member died, or did not answer in time, in which call.
         """
         ...
 
+    def forget(self, promises: Sequence[Any]) -> None:
+        """Let go of what these promises, all ready, were made from. What is lost of them then stays lost."""
+        ...
+
     def host(self, member: Any) -> str:
         """Address under which other members reach it."""
         ...
+
+
+HISTORY = 100_000
+"""Calls that an executor remembers."""
+PLACING_SECONDS = 60.0
+"""After which a member that no node has taken in counts as away."""
 
 
 class Crew(Generic[R]):
@@ -120,21 +161,32 @@ class Crew(Generic[R]):
         executor: Where they run.
         specs: How each is built. They start side by side; what the constructor raises shows at the first call that is
             waited for.
-        timeout: Seconds after which a call that is waited for is an error (``controller.timeout``).
+        timeout: Seconds after which a call that is waited for has hung (``controller.timeout``).
     """
 
     def __init__(self, executor: Executor, specs: Sequence[MemberSpec[R]], timeout: float) -> None:
         self.executor, self.specs, self.timeout = executor, list(specs), timeout
         self.members: list[Any] = []
+        self.away: dict[str, Any] = {}
+        """Members that no node has room for, by name."""
+        self.revive: Callable[[int], None] | None = None
+        """Gives a member that was built anew what it must have before it works; None: no member may be replaced."""
+        self.tell: Callable[[str, str, str], None] = lambda kind, member, text: logger.warning(text)
+        """Called with the kind of an :class:`~skyrl.records.Event`, the member and a text."""
+        self._prepared: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         try:
             for spec in self.specs:
-                self.members.append(executor.start(spec))
+                self.members.append(executor.start(spec, self._replace))
         except BaseException:
             self.stop()
             raise
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A crew in another process can call its members, but replaces none."""
+        return vars(self) | {"revive": None, "tell": None, "_prepared": []}
 
     # ------------------------------------------------------------ calls that return promises, at once
 
@@ -187,30 +239,39 @@ class Crew(Generic[R]):
         value: T = self.fetch([self.executor.call(self.members[0], function, 1, args, kwargs)])[0]
         return value
 
+    def prepare(self, function: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call every member, now and again whenever it is built anew."""
+        self._prepared.append((function, args))
+        self.each(function, *args, **kwargs)
+
+    def at(self, place: int, function: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the member number ``place``; a promise. Returns at once."""
+        made: T = self.executor.call(self.members[place], function, 1, args, kwargs)
+        return made
+
     def fetch(self, promises: Sequence[T]) -> list[T]:
         """The values of promises, in their order. Errors as :meth:`each`."""
         return self.executor.fetch(promises, self.timeout)
 
     def wait(self, promises: Sequence[Any]) -> None:
-        """Block until all are ready, without moving their values here. A call that failed raises where its value is
-        needed, or here if it has no value any more because a member died.
+        """Block until all are ready, without moving their values here.
 
         Raises:
-            SkyrlError: after ``timeout`` seconds; it names the calls that did not end.
+            SkyrlError: what a call raised; after ``timeout`` seconds the names of the calls that did not end.
         """
-        _, pending = self.executor.poll(promises, self.timeout)
-        if pending:
-            self.executor.fetch(pending, 0.0, waited=self.timeout)
+        self.executor.wait(promises, self.timeout)
 
     def poll(self, promises: Sequence[T], seconds: float) -> tuple[list[T], list[T]]:
         """Promises that are ready within so many seconds, and the others."""
         return self.executor.poll(promises, seconds)
 
+    def forget(self, promises: Sequence[Any]) -> None:
+        """Let go of what these promises, all ready, were made from. What is lost of them then stays lost."""
+        self.executor.forget(promises)
+
     def seconds(self, function: Callable[..., Any]) -> float:
-        """Wall time of the last call of ``function``, of the member that took longest. Waits for calls before it."""
-        name = call_name(function)
-        values: list[float] = self.fetch([self.executor.seconds(member, name) for member in self.members])
-        return max(values)
+        """Wall time of the last call of ``function`` that was waited for, of the member that took longest."""
+        return max(self.executor.seconds(member, call_name(function)) for member in self.members)
 
     # ------------------------------------------------------------ members
 
@@ -218,10 +279,66 @@ class Crew(Generic[R]):
         """Address of each member."""
         return [self.executor.host(member) for member in self.members]
 
+    def find_place(self) -> None:
+        """Wait until every member has a process.
+
+        Raises:
+            SkyrlError: naming a member that no node has had room for.
+        """
+        for spec, member in zip(self.specs, self.members, strict=True):
+            if not self.executor.placed(member, PLACING_SECONDS):
+                raise SkyrlError(
+                    f"no node has had room for {spec.name} for {PLACING_SECONDS:g} s: another run may have come first; "
+                    "wait until it has ended, or join more nodes"
+                )
+
     def rebuild(self, place: int) -> None:
         """Stop a member, which may be dead already, and build it anew from its spec. It has lost all state."""
-        self.executor.stop(self.members[place])
-        self.members[place] = self.executor.start(self.specs[place])
+        self.members[place] = self.executor.restart(self.members[place])
+
+    def _replace(self, member: Any, why: MemberLost) -> Any:
+        """Build a lost member anew; returns it, or another one that does its work until a node has room for it.
+
+        Raises:
+            MemberLost: ``why``, if members of this crew may not be replaced.
+            SkyrlError: if none is left.
+        """
+        if self.revive is None:
+            raise why
+        place = self.members.index(member)
+        self.rebuild(place)
+        member = self.members[place]
+        if not self.executor.placed(member, PLACING_SECONDS):
+            self.executor.stop(member)
+            self.away[why.member] = self.members.pop(place)
+            if not self.members:
+                raise SkyrlError(f"{why}; no node has room for a new one, and it was the last of its crew") from why
+            self.tell("left", why.member, f"{why}; no node has room for it, {len(self)} others do its work")
+            return self.members[place % len(self)]
+        self._begin(place)
+        self.tell("replaced", why.member, f"{why}; it was built anew, its unfinished work is asked again")
+        return member
+
+    def _begin(self, place: int) -> None:
+        for function, args in self._prepared:
+            self.fetch([self.at(place, function, *args)])
+        assert self.revive is not None
+        self.revive(place)
+
+    def tend(self) -> None:
+        """Take members back in for which a node has room again."""
+        for name, member in list(self.away.items()):
+            place = [spec.name for spec in self.specs if spec.name not in self.away or spec.name == name].index(name)
+            if not self.executor.room(self.specs[0]):
+                return
+            member = self.executor.restart(member)
+            if not self.executor.placed(member, PLACING_SECONDS):
+                self.executor.stop(member)
+                return
+            del self.away[name]
+            self.members.insert(place, member)
+            self._begin(place)
+            self.tell("joined", name, f"{name} is back: a node has room for it again")
 
     def stop(self) -> None:
         """End all members at once."""
@@ -233,6 +350,11 @@ class Crew(Generic[R]):
 def call_name(function: Callable[..., Any]) -> str:
     """``Sampler.generate``: how errors and timings name a call."""
     return getattr(function, "__qualname__", repr(function))
+
+
+def asked_for(args: Iterable[Any]) -> int | None:
+    """The step of the rollout request among a call's arguments."""
+    return next((one.step for one in args if type(one) is RolloutRequest), None)
 
 
 def cut(result: Any, pieces: int) -> tuple[Any, ...]:
@@ -249,10 +371,23 @@ class LocalExecutor:
     """Everything in this process, for tests and the ablation grid: a call runs at once, a promise is the value itself.
     ``MemberSpec.env`` must be set by the caller before torch is imported; resources are not looked at."""
 
-    def start(self, spec: MemberSpec[Any]) -> Member[Any]:
-        member = Member(spec.role, spec.args)
+    def __init__(self) -> None:
+        self.history: deque[CallRecord] = deque(maxlen=HISTORY)
+
+    def start(self, spec: MemberSpec[Any], lost: Callable[[Any, MemberLost], Any]) -> Member[Any]:
+        member = Member(spec)
         member.build()
         return member
+
+    def restart(self, member: Member[Any]) -> Member[Any]:
+        self.stop(member)
+        return self.start(member.spec, _never_lost)
+
+    def placed(self, member: Member[Any], seconds: float) -> bool:
+        return True
+
+    def room(self, spec: MemberSpec[Any]) -> bool:
+        return True
 
     def stop(self, member: Member[Any]) -> None:
         close = getattr(member.build(), "close", None)
@@ -260,17 +395,30 @@ class LocalExecutor:
             close()
 
     def call(self, member: Member[Any], function: Callable[..., Any], pieces: int, args: Any, kwargs: Any) -> Any:
-        made = member.call(function, pieces, *args, **kwargs)
-        return made if pieces == 1 else list(made)
+        asked = time.time()
+        *made, (started, ended) = member.call(function, pieces, *args, **kwargs)
+        self.history.append(CallRecord(member.spec.name, call_name(function), asked, started, ended, asked_for(args)))
+        return made[0] if pieces == 1 else made
 
     def seconds(self, member: Member[Any], name: str) -> float:
-        return member.seconds(name)
+        of_it = (one for one in reversed(self.history) if (one.member, one.call) == (member.spec.name, name))
+        return next((one.ended - one.started for one in of_it), 0.0)
 
     def poll(self, promises: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:
         return list(promises), []
 
-    def fetch(self, promises: Sequence[Any], timeout: float, waited: float = 0.0) -> list[Any]:
+    def wait(self, promises: Sequence[Any], timeout: float) -> None:
+        """All are values already."""
+
+    def fetch(self, promises: Sequence[Any], timeout: float) -> list[Any]:
         return list(promises)
+
+    def forget(self, promises: Sequence[Any]) -> None:
+        """A value needs nothing to be made from."""
 
     def host(self, member: Member[Any]) -> str:
         return "127.0.0.1"
+
+
+def _never_lost(member: Any, why: MemberLost) -> Any:
+    raise why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from skyrl.records import ConfigError, SkyrlError
 from skyrl.settings import Config, WeightSync, WorkerConfig
 
 BUFFER_CPUS = 0.1
+ENDING_SECONDS = 10.0
+"""After which the actors of a run that has ended hold nothing any more."""
 R = TypeVar("R")
 
 
@@ -70,7 +73,6 @@ class Placement:
         args: Callable[[int, int], tuple[Any, ...]],
         env: Callable[[int], dict[str, str]] = lambda threads: {"OMP_NUM_THREADS": str(threads)},
         gpus: float = 0,
-        restarts: int = 0,
         shares_gpu: bool = False,
     ) -> list[MemberSpec[R]]:
         """How and where each member of a crew is built.
@@ -94,7 +96,7 @@ class Placement:
 
                 strategy, gpus = PlacementGroupSchedulingStrategy(self._group, place), 0.5
             own = f"{name}-{place}", role, args(place, threads)
-            found.append(MemberSpec(*own, worker.num_cpus, gpus, env(threads), restarts, strategy))
+            found.append(MemberSpec(*own, worker.num_cpus, gpus, env(threads), strategy))
         return found
 
 
@@ -102,19 +104,8 @@ def check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool
     """Raises:
     ConfigError: if these nodes can never hold the run's actors, which Ray would wait for without a word.
     """
-    rollout, reward, learner = cfg.rollout, cfg.reward, cfg.learner
-    shared = with_learner and rollout.weight_sync is WeightSync.ipc  # each pair on one node
-    cpus = [reward.num_cpus] * reward.num_workers + [BUFFER_CPUS] * with_learner
-    cpus += [rollout.num_cpus + learner.num_cpus * shared] * rollout.num_workers
-    cpus += [learner.num_cpus] * (learner.num_workers * (with_learner and not shared))
-    gpus: list[float] = [0.0]
-    if rollout.device == "cuda":
-        gpus += [rollout.tensor_parallel_size] * rollout.num_workers
-    if with_learner and learner.device == "cuda" and not shared:
-        gpus += [1] * learner.num_workers
-    if reward.device == "cuda" and cfg.model.reward is not None:
-        gpus += [1] * reward.num_workers
-    for kind, needs in (("CPU", cpus), ("GPU", gpus)):
+    for place, kind in enumerate(("CPU", "GPU")):
+        needs = [need[place] for need in _needs(cfg, with_learner)]
         have = [node["Resources"].get(kind, 0) for node in nodes]
         if sum(needs) > sum(have):
             raise ConfigError(
@@ -125,3 +116,53 @@ def check_resources(cfg: Config, nodes: list[dict[str, Any]], with_learner: bool
             raise ConfigError(
                 f"one actor needs {max(needs):g} {kind}s, the largest node of the cluster has {max(have):g}"
             )
+
+
+def check_free(cfg: Config, free: list[dict[str, float]], with_learner: bool) -> None:
+    """After :func:`check_resources`, with what is free on each node.
+
+    Raises:
+        ConfigError: if other runs hold so much that this run's actors find no place beside them.
+    """
+    left = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in free]
+    needs = sorted(_needs(cfg, with_learner), key=lambda need: need[::-1], reverse=True)  # the large ones first
+    for cpus, gpus in needs:
+        node = next((node for node in left if node[0] >= cpus - 1e-6 and node[1] >= gpus - 1e-6), None)
+        if node is None:
+            asked = [f"{sum(need[place] for need in needs):g} {kind}s" for place, kind in enumerate(("CPU", "GPU"))]
+            there = [", ".join(f"{one.get(kind, 0.0):g}" for one in free) for kind in ("CPU", "GPU")]
+            raise ConfigError(
+                f"the actors need {' and '.join(asked)}; other runs hold the rest of the Ray cluster, whose nodes have "
+                f"{there[0]} CPUs and {there[1]} GPUs free: wait until one has ended, lower "
+                "rollout/reward/learner.num_workers or .num_cpus, or join more nodes"
+            )
+        node[0], node[1] = node[0] - cpus, node[1] - gpus
+
+
+def wait_for_room(cfg: Config, with_learner: bool) -> None:
+    """Ask Ray what is free, until a run that has just ended is out. Errors as :func:`check_free`."""
+    from ray._private.state import available_resources_per_node
+
+    end = time.monotonic() + ENDING_SECONDS
+    while True:
+        try:
+            check_free(cfg, list(available_resources_per_node().values()), with_learner)
+            return
+        except ConfigError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+def _needs(cfg: Config, with_learner: bool) -> list[tuple[float, float]]:
+    """CPUs and GPUs of each actor; of two that share a GPU together."""
+    rollout, reward, learner = cfg.rollout, cfg.reward, cfg.learner
+    shared = with_learner and rollout.weight_sync is WeightSync.ipc  # each pair on one node
+    sampling = rollout.tensor_parallel_size if rollout.device == "cuda" else 0
+    judging = 1 if reward.device == "cuda" and cfg.model.reward is not None else 0
+    found = [(rollout.num_cpus + learner.num_cpus * shared, float(sampling))] * rollout.num_workers
+    found += [(reward.num_cpus, float(judging))] * reward.num_workers
+    if with_learner:
+        found += [(BUFFER_CPUS, 0.0)]
+        found += [(learner.num_cpus, float(learner.device == "cuda"))] * (learner.num_workers * (not shared))
+    return found

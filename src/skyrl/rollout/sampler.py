@@ -150,6 +150,8 @@ class Sampler:
             requests = [self._asked_on(prompts[place], going[place], request) for place in asked]
             answers = self._answers([prompts[place] for place in asked], requests, enough=stop)
             for place, made in zip(asked, answers, strict=True):
+                for one in made:
+                    self._ended(prompts[place], one)
                 going[place] = extended(going[place], made, self.version, self._text)
                 self._check_length(prompts[place], len(going[place].prompt_ids))
         complete = [place for place, one in enumerate(going) if not one.open][:enough]
@@ -170,6 +172,15 @@ class Sampler:
         rollout = self.cfg.rollout
         whole = self._asked(prompt, replace(request, step=one.step), rollout.max_new_tokens, rollout.top_p)
         return replace(going_on(one, whole), seed=sample_seed(request.seed, one.step, prompt, drawn(one)))
+
+    def _ended(self, prompt: Prompt, made: Completion) -> None:
+        """An answer that ended by itself trains the token that ended it, or the policy forgets how to stop."""
+        last = int(made.token_ids[-1]) if len(made.token_ids) else None
+        if not (made.truncated or made.stopped) and last not in self._stop_ids:
+            raise SkyrlError(
+                f"prompt {prompt.id!r}: the engine says that an answer ended by itself, but its last token is {last}; "
+                f"tokens that end one: {', '.join(map(str, self._stop_ids))}. It would be trained without its end"
+            )
 
     def _text(self, made: Completion, token_ids: np.ndarray) -> str:
         """The text of an answer that has ended. Engines leave special tokens out; tags that are such must stay."""
@@ -228,6 +239,7 @@ class Sampler:
             self._check_length(prompt, len(completions[0].prompt_ids))
             samples = []
             for place, made in enumerate(completions):
+                self._ended(prompt, made)
                 text = self._text(made, made.token_ids)
                 samples.append(Sample(place, made.token_ids, made.logprobs, text, made.truncated, self.version))
             groups.append(SampleGroup(prompt, completions[0].prompt_ids, samples))
@@ -271,13 +283,21 @@ class Sampler:
 
     # ------------------------------------------------------------ weights
 
+    def update(self, snapshot: WeightSnapshot) -> tuple[list[SampleGroup], float]:
+        """:meth:`probe` after :meth:`load_weights`: one call, because a large crew's calls take time."""
+        megabytes = self.load_weights(snapshot)
+        return self.probe(), megabytes
+
     def load_weights(self, snapshot: WeightSnapshot) -> float:
         """Replace weights by the snapshot's; returns its size in megabytes. Calls run one after the other, so an answer
-        has one version.
+        has one version. A partial snapshot for the version that is here changes nothing: a member that was built anew
+        while the others were sent it has all weights already.
 
         Raises:
             SyncError: if the snapshot does not cover the policy, or is partial and not for the weights that are here.
         """
+        if snapshot.base is not None and snapshot.version == self._incoming.version:
+            return 0.0
         self.engine.load(self._incoming.tensors(snapshot), snapshot.version, snapshot.base is None)
         self.version = self._incoming.version = snapshot.version
         return snapshot.megabytes

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationError
 from skyrl.digits.settings import DigitsConfig, digits_problems
 from skyrl.records import ConfigError
 from skyrl.schema import Count, Pattern, Setting, Settings, Share, field_problems, settings_of, shown, value_at
+from skyrl.settings.alarms import Alarm
 from skyrl.settings.algorithm import AlgorithmConfig, algorithm_problems
 from skyrl.settings.buffer import BufferConfig, buffer_problems
 from skyrl.settings.evaluate import EvaluateConfig, evaluate_problems
@@ -20,6 +21,7 @@ from skyrl.settings.reward import RewardConfig, reward_problems
 from skyrl.settings.system import DataConfig, LearnerConfig, ModelConfig, RolloutConfig, system_problems
 
 NAME = r"^[^/\\\p{C}]*[^/\\\p{C}.][^/\\\p{C}]*$"
+ALARMS = "a list, each the name of an alarm (docs/monitoring.md)"
 NAME_WORDS = "a name of a folder: not empty, without slashes, backslashes and control characters, not . or .."
 
 
@@ -95,7 +97,10 @@ class ControllerConfig(Settings):
     """Rollouts for step k + lag are asked before step k is trained: sampling and training then overlap, and each sample
     is ``lag`` policy versions older. 0 does one after the other."""
     timeout: PositiveFloat = 1800.0
-    """Seconds after which a phase that does not end is an error."""
+    """Seconds after which a call to a member that has not ended counts as hung: the member is ended and replaced."""
+    restarts: NonNegativeInt = 3
+    """How often a run may build its learner anew and go back to the newest checkpoint, because a learner rank died or
+    hung; and how often one call to another member is asked again. Above that the run ends with an error."""
 
 
 class ClusterConfig(Settings):
@@ -125,6 +130,9 @@ class MonitoringConfig(Settings):
     ``python -m skyrl.show`` (docs/monitoring.md). About as many bytes as their texts have after compression."""
     samples_kept: Count = 20
     """Steps, and evaluations, whose samples are kept with ``samples=last``: so the disk does not fill up."""
+    stop_on: Annotated[list[Alarm], Field(json_schema_extra={"allowed": ALARMS})] = []  # noqa: RUF012 -- pydantic copies it
+    """Alarms that end the run with an error, after the numbers of their step were written; docs/monitoring.md says what
+    each means. All others are only told: in the console, ``events.jsonl``, ``summary.json`` and the report."""
 
 
 class Config(Settings):
@@ -160,12 +168,13 @@ def all_settings() -> dict[str, Setting]:
     return {setting.key: setting for setting in settings_of(Config())}
 
 
-def checked(data: dict[str, Any], with_learner: bool = True) -> Config:
+def checked(data: dict[str, Any], with_learner: bool = True, with_files: bool = True) -> Config:
     """The configuration of these values; what they leave out has its default.
 
     Args:
         data: nested dictionaries, as YAML has them.
         with_learner: False if no learner will start, whose device and type do not matter then.
+        with_files: False if models and data need not be there yet.
 
     Raises:
         ConfigError: naming every unknown key, every value out of range and every impossible combination, one a line.
@@ -179,7 +188,12 @@ def checked(data: dict[str, Any], with_learner: bool = True) -> Config:
         cfg = Config.model_validate(_merged(defaults, data, wrong))  # to see what else is wrong
     values, found = cfg.model_dump(), list(wrong.values())
     groups = (
-        *(system_problems(cfg, with_learner), reward_problems(cfg), buffer_problems(cfg), algorithm_problems(cfg)),
+        *(
+            system_problems(cfg, with_learner, with_files),
+            reward_problems(cfg),
+            buffer_problems(cfg),
+            algorithm_problems(cfg),
+        ),
         *(digits_problems(cfg), evaluate_problems(cfg)),
     )
     for keys, sentence in chain(*groups):

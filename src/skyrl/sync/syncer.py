@@ -3,8 +3,8 @@
 The proof: each rollout member samples a few short answers with the new weights and records their log-probabilities; the
 learner computes the same ones; they must agree within rounding. It is the behaviour that is compared, so a stale cache,
 a swapped tensor or a packed copy of an old weight shows as surely as a lost message. What rounding can do to this model
-is measured (:mod:`skyrl.sync.rounding`): where it is little, as in float32, weights of one step before are seen; in 16
-bits only those that move log-probabilities by more than the model's own rounding does.
+is measured (:mod:`skyrl.policy.rounding`): where it is little, as in float32, weights of one step before are seen; in
+16 bits only those that move log-probabilities by more than the model's own rounding does.
 """
 
 from __future__ import annotations
@@ -75,13 +75,14 @@ class Syncer:
         """
         started = time.perf_counter()
         base, self._proved = self._proved if self._parts else None, None
-        megabytes = self._send(version, base)
-        gap, self.limit = self._probe()
+        megabytes, probes = self._send(version, base)
+        gap, self.limit = self._compared(probes)
         metrics = {"sync/retries": 0.0}
         if not gap.within(self.limit):
             logger.warning("weight sync %d: %s above the limit %s; sending all weights", version, gap, self.limit)
-            megabytes += self._send(version, None)
-            gap, self.limit = self._probe()
+            more, probes = self._send(version, None)
+            megabytes += more
+            gap, self.limit = self._compared(probes)
             metrics["sync/retries"] = 1.0
         if not gap.within(self.limit):
             asked, limit = self.cfg.rollout.logprob_gap_limit, self.limit
@@ -97,14 +98,38 @@ class Syncer:
         metrics |= {"sync/megabytes": megabytes} if megabytes else {}
         return metrics | {"sync/logprob_gap_limit": self.limit.largest, "sync/seconds": time.perf_counter() - started}
 
+    def bring(self, place: int, version: int) -> None:
+        """Give a rollout member that was built anew the learner's weights, and prove that it has them.
+
+        Raises:
+            SyncError: if the gap on its probe is above its limit.
+        """
+        if self.cfg.rollout.weight_sync is not WeightSync.shm:
+            self._proved = None
+            self.sync(version)
+            return
+        snapshot: Any = self.learners.ask(LearnerStep.snapshot, version, None)[0]
+        probe, _ = made = list[Any](self.rollouts.deal(Sampler.update, [snapshot], pieces=2, first=place))
+        self.rollouts.fetch(made[1:])
+        gap, limit = self._compared([probe])
+        if not gap.within(limit):
+            raise SyncError(
+                f"rollout member {place} was built anew and given version {version}, but differs from the learner in "
+                f"log-probability on the probe by {gap.largest:.3g} at most, {gap.mean:.3g} in the mean; allowed: "
+                f"{limit.largest:.3g} and {limit.mean:.3g}"
+            )
+
+    def forget(self) -> None:
+        """The learner was built anew: the next sync sends all weights."""
+        self._proved = None
+
     def gap(self) -> Gap:
         """The probe alone."""
-        return self._probe()[0]
+        return self._compared(self.rollouts.ask(Sampler.probe))[0]
 
-    def _probe(self) -> tuple[Gap, Gap]:
+    def _compared(self, probes: list[list[SampleGroup]]) -> tuple[Gap, Gap]:
         """Gap and limit. Without a limit in the settings it is measured where the gap is above the least one, so with
         the weights and on the tokens that it is for."""
-        probes = self.rollouts.ask(Sampler.probe)
         gap, asked = self.learners.each(probe_gap, *probes)[0], self.cfg.rollout.logprob_gap_limit
         if asked is not None:
             return gap, Gap(asked, asked)
@@ -113,13 +138,14 @@ class Syncer:
         rounding = self.learners.each(rounding_gap, *probes)[0]
         return gap, limit_of(rounding)
 
-    def _send(self, version: int, base: int | None) -> float:
-        """Send all weights, or those that can have changed since ``base``. Returns megabytes for each rollout member; 0
-        where vLLM sends, which is always everything."""
+    def _send(self, version: int, base: int | None) -> tuple[float, list[list[SampleGroup]]]:
+        """Send all weights, or those that can have changed since ``base``. Returns megabytes for each rollout member, 0
+        where vLLM sends, which is always everything; and the (promised) probes."""
         if self.cfg.rollout.weight_sync is WeightSync.shm:
             snapshot: Any = self.learners.ask(LearnerStep.snapshot, version, base)[0]
             try:
-                return self.rollouts.each(Sampler.load_weights, snapshot)[0]
+                made: list[Any] = self.rollouts.deal(Sampler.update, [snapshot] * len(self.rollouts), pieces=2)
+                return self.rollouts.fetch(made[1::2])[0], made[0::2]
             except SyncError as error:
                 if base is None:
                     raise
@@ -130,7 +156,7 @@ class Syncer:
 
         self._watch(self.learners.ask(send_weights, self.rollouts, self.learners.hosts()[0]))
         self.rollouts.each(Sampler.finish_transfer, version)
-        return 0.0
+        return 0.0, self.rollouts.ask(Sampler.probe)
 
     def _watch(self, sends: list[None]) -> None:
         """Return once every learner has sent. Raise what one raised, though others may wait for it, or why an engine
@@ -170,7 +196,7 @@ def limit_of(rounding: Gap) -> Gap:
 
 def rounding_gap(learner: LearnerStep, *parts: list[SampleGroup]) -> Gap:
     """How far rounding errors alone move the learner's log-probabilities of a probe. Collective under ZeRO-3."""
-    from skyrl.sync.rounding import rounding_errors
+    from skyrl.policy.rounding import rounding_errors
 
     groups, gaps = [group for part in parts for group in part], list[Gap]()
     exact = learner.logprobs(groups)
