@@ -15,15 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from skyrl.records import SkyrlError
+from skyrl.records import MemberLost, SkyrlError
 
 logger = logging.getLogger(__name__)
 MANIFEST = "COMPLETE.json"
 STATE = "state.json"
-FORMAT = 2
-"""Layout of a checkpoint. 1 was written before rollouts could be asked for ahead, and can't be read any more."""
+BUFFER = "buffer.safetensors"
+"""The sample buffer's part of a checkpoint."""
+FORMAT = 3
+"""Layout of a checkpoint. 1 was written before rollouts could be asked for ahead, 2 held pickled files; neither can be
+read any more."""
 SETTINGS = "config.json"
 """A run folder's file of settings."""
+UNFINISHED = "unfinished-"
+"""Begins the names of subfolders with what runs left that ended before their first checkpoint."""
 LOCK = ".lock"
 """A run folder's lock file."""
 BY_TIME = re.compile(r"\d{4}-\d{2}-\d{2}_\d{2}-\d{2}-\d{2}")
@@ -76,7 +81,8 @@ class Checkpoints:
                 shutil.rmtree(old)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it would keep the disk full
-            if isinstance(error, OSError):
+            # A full disk is an OSError here, and whatever their libraries make of it in the members.
+            if isinstance(error, (OSError, SkyrlError)) and not isinstance(error, MemberLost):
                 free = shutil.disk_usage(self.folder).free if self.folder.exists() else 0
                 raise SkyrlError(
                     f"checkpoint of step {step} could not be written to {self.folder}: {error} ({free / 1e9:.1f} GB "
@@ -90,20 +96,39 @@ class Checkpoints:
         # By time, not by step: a run that went on from an earlier step may still have later ones beside it.
         return [p.parent for p in sorted(manifests, key=lambda p: (p.stat().st_mtime_ns, p), reverse=True)]
 
+    def newest(self) -> Path | None:
+        """The newest one that is whole; broken ones are named in the log and skipped."""
+        return next(filter(_is_whole, self.complete()), None)
+
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The loop's state of a checkpoint.
 
     Raises:
-        SkyrlError: if another version of skyrl wrote it.
+        SkyrlError: if another version of skyrl wrote it, or it is damaged.
     """
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    state = _json(folder / STATE, "the loop's state")
     if state.get("format", 1) != FORMAT:
         raise SkyrlError(
             f"checkpoint {folder} has layout {state.get('format', 1)}, this version of skyrl reads layout {FORMAT}: "
             "checkpoints of other versions can't be resumed; start a new run from the policy that the old one exported"
         )
+    if not isinstance(state.get("step"), int):
+        raise SkyrlError(f"{folder / STATE} is damaged: step={state.get('step')!r} must be a whole number")
     return state
+
+
+def _json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a file of JSON."""
+    try:
+        if not path.is_file():  # a pipe would never end
+            raise FileNotFoundError("no such file")
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SkyrlError(f"{path}, {what}, can't be read: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise SkyrlError(f"{path}, {what}, is damaged: it holds {type(found).__name__}, no object")
+    return found
 
 
 def verify(folder: Path) -> None:
@@ -112,24 +137,33 @@ def verify(folder: Path) -> None:
     Raises:
         SkyrlError: naming what is missing or changed.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files: dict[str, str] = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SkyrlError(f"checkpoint {folder} has no readable {MANIFEST}: {error}") from error
+    files = _json(folder / MANIFEST, "the list of a checkpoint's files").get("files")
+    if not isinstance(files, dict):
+        raise SkyrlError(f"checkpoint {folder} is broken: {MANIFEST} lists no files")
     for name, digest in files.items():
         path = folder / name
         if not path.is_file():
             raise SkyrlError(f"checkpoint {folder} is broken: {name} is missing")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise SkyrlError(f"checkpoint {folder} is broken: {name} leads out of it")
         if _digest(path) != digest:
             raise SkyrlError(f"checkpoint {folder} is broken: {name} is not what was written")
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except SkyrlError as error:
+        logger.warning("skipped: %s", error)
+        return False
+    return True
 
 
 def find_checkpoint(resume: str, run_dir: Path, name: str) -> Path | None:
     """The checkpoint that ``resume`` means.
 
     ``auto`` looks in ``run_dir`` if it holds a complete checkpoint, else in the run folders beside it that belong to
-    runs of the same name.
+    runs of the same name and to this user: in a shared folder it takes over nothing of anybody else's.
 
     Args:
         resume: ``no``, ``auto`` or a checkpoint folder.
@@ -137,8 +171,8 @@ def find_checkpoint(resume: str, run_dir: Path, name: str) -> Path | None:
         name: This run's name.
 
     Returns:
-        A verified checkpoint, or None for ``no`` and for ``auto`` when there is none. Broken ones are named in the
-        log and skipped.
+        A verified checkpoint, or None for ``no`` and for ``auto`` when there is none. Broken ones, and another user's,
+        are named in the log and skipped.
 
     Raises:
         SkyrlError: if an explicitly named checkpoint is broken, or if ``no`` is asked for in a folder that holds
@@ -155,12 +189,8 @@ def find_checkpoint(resume: str, run_dir: Path, name: str) -> Path | None:
     runs = [run_dir] if own else [run for run in _siblings(run_dir) if _name_of(run) == name and not in_use(run)]
     manifests = [manifest for run in runs for manifest in run.glob(f"checkpoints/step_*/{MANIFEST}")]
     for folder in sorted((p.parent for p in manifests), key=lambda p: (p / MANIFEST).stat().st_mtime, reverse=True):
-        try:
-            verify(folder)
-        except SkyrlError as error:
-            logger.warning("skipped: %s", error)
-            continue
-        return folder.resolve()
+        if _is_whole(folder):
+            return folder.resolve()
     for folder in sorted(folder for run in runs for folder in run.glob("checkpoints/step_*")):
         if not (folder / MANIFEST).exists():
             logger.warning("skipped: checkpoint %s has no %s", folder, MANIFEST)
@@ -180,15 +210,33 @@ def in_use(run_dir: Path) -> bool:
 
 
 def _siblings(run_dir: Path) -> list[Path]:
-    return sorted(path.parent for path in run_dir.parent.glob(f"*/{SETTINGS}"))
+    """Run folders beside this one, without those that another user could have put there."""
+    found = sorted(path.parent for path in run_dir.parent.glob(f"*/{SETTINGS}"))
+    own = [run for run in found if all(_is_own(path) for path in (run, run / SETTINGS, run / "checkpoints"))]
+    if foreign := sorted(set(found) - set(own)):
+        logger.warning(
+            "skipped: %d run folders of other users, such as %s; to go on with one, give resume its checkpoint",
+            len(foreign),
+            foreign[0],
+        )
+    return own
+
+
+def _is_own(path: Path) -> bool:
+    """Whether what the path leads to is this user's, or does not exist."""
+    try:
+        return path.stat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def _name_of(run: Path) -> str | None:
     """Name of the run that a folder is of; None, with a warning, if its file of settings is none of ours."""
     try:
-        settings = json.loads((run / SETTINGS).read_text())
-        return str(settings["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(_json(run / SETTINGS, "a run's settings")["name"])
+    except (SkyrlError, KeyError) as error:
         logger.warning(
             "skipped: %s is no file of settings of a run (%s: %s)", run / SETTINGS, type(error).__name__, error
         )
@@ -266,6 +314,26 @@ def new_folder(run_dir: Path) -> Path:
                 candidate = run_dir.with_name(f"{run_dir.name}-{number}")
     except OSError as error:
         raise SkyrlError(f"run_dir={run_dir} can't be made: {error}; set another one") from error
+
+
+def put_aside(run_dir: Path, name: str) -> Path | None:
+    """Move what a run of this name left that ended before its first checkpoint into a subfolder, so that it can begin
+    again.
+
+    Returns:
+        The subfolder; None if there is no such run.
+    """
+    left = (run_dir / SETTINGS).is_file() and _is_own(run_dir) and _name_of(run_dir) == name
+    if not left or in_use(run_dir) or any((run_dir / "checkpoints").glob("step_*")):
+        return None
+    number = 1
+    while (aside := run_dir / f"{UNFINISHED}{number}").exists():
+        number += 1
+    files = [path for path in run_dir.iterdir() if path.name != LOCK and not path.name.startswith(UNFINISHED)]
+    aside.mkdir()
+    for path in sorted(files, key=lambda path: path.name == SETTINGS):  # last: until then it can be done again
+        path.rename(aside / path.name)
+    return aside
 
 
 @contextmanager

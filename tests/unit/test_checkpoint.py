@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.checkpoint import FORMAT, Checkpoints, check_settings, find_checkpoint, read_state, verify
+from skyrl.checkpoint import FORMAT, Checkpoints, check_settings, find_checkpoint, held, read_state, verify
 from skyrl.monitoring.records import jsonable
 from skyrl.records import SkyrlError
 from skyrl.settings import Config
@@ -105,6 +105,14 @@ def test_a_folder_with_checkpoints_of_its_own_is_resumed_or_left_alone(tmp_path:
         find_checkpoint("no", tmp_path / "first", "mine")
 
 
+def test_auto_passes_over_a_run_that_is_still_going_on(tmp_path: Path) -> None:
+    settings(tmp_path / "first")
+    folder = write(tmp_path / "first", 1)
+    with held(tmp_path / "first"):
+        assert find_checkpoint("auto", tmp_path / "second", "mine") is None
+    assert find_checkpoint("auto", tmp_path / "second", "mine") == folder
+
+
 def test_a_resumed_run_says_what_it_does_differently(tmp_path: Path) -> None:
     old = settings(tmp_path)
     new = Config(name="mine", run_dir="elsewhere", resume="auto")
@@ -134,7 +142,7 @@ def test_a_checkpoint_of_an_older_layout_is_refused_by_name(tmp_path: Path) -> N
     del state["format"]  # as it was written before layouts had numbers
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(
-        SkyrlError, match=r"step_000001 has layout 1, this version of skyrl reads layout 2: checkpoints of"
+        SkyrlError, match=r"step_000001 has layout 1, this version of skyrl reads layout 3: checkpoints of"
     ):
         read_state(folder)
 

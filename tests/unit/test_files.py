@@ -129,6 +129,13 @@ def test_ids_may_be_numbers(tmp_path: Path) -> None:
         FilePrompts(lines(tmp_path / "r.jsonl", row | {"id": 7.5}))
 
 
+@pytest.mark.parametrize("column", ["id", "question", "answer", "kind"])
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path, column: str) -> None:
+    row = {"id": "a", "question": "?", "answer": "1", "kind": "k", "verifier": "exact"}
+    with pytest.raises(DataError, match=rf"row 0, column '{column}': got .*ud800.*allowed: Unicode text"):
+        FilePrompts(lines(tmp_path / "p.jsonl", row | {column: "half \ud800"}))
+
+
 def test_every_problem_of_a_file_is_found(tmp_path: Path) -> None:
     good = {"id": 0, "question": "?", "answer": 2, "verifier": "numeric"}
     rows = [good, good | {"id": 1, "answer": "two"}, good | {"id": 2, "question": ""}, good | {"id": 3}]

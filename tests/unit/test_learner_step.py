@@ -290,7 +290,7 @@ def test_a_checkpoint_of_an_older_version_says_so(policy: str, tmp_path: Path) -
     """Before formats had numbers, the file was the bare layout."""
     old = {"learner.num_workers": 1, "learner.zero_stage": 0, "learner.trainable": "all", "model.dtype": "float32"}
     (tmp_path / FILE).write_text(json.dumps(old))
-    with pytest.raises(SkyrlError, match=r"has format 1, this version of skyrl reads 2: go on with the version that"):
+    with pytest.raises(SkyrlError, match=r"has format 1, this version of skyrl reads 3: go on with the version that"):
         joined(plain_settings(), policy).load(tmp_path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skyrl.checkpoint import LOCK, SETTINGS, find_checkpoint, held, in_use, new_folder
+from skyrl.checkpoint import LOCK, SETTINGS, find_checkpoint, held, in_use, new_folder, put_aside
 from skyrl.records import SkyrlError
 
 HOLD = """
@@ -40,6 +40,26 @@ def test_a_folder_that_can_not_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SkyrlError, match=r"run_dir=.*file/run can't be made"):
         new_folder(tmp_path / "file" / "run")
+
+
+def test_what_ended_before_its_first_checkpoint_is_put_aside_and_nothing_else(tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    assert put_aside(run, "digits") is None  # there is none
+    run.mkdir()
+    assert put_aside(run, "digits") is None  # it holds no run
+    (run / SETTINGS).write_text('{"name": "digits"}')
+    (run / "metrics.jsonl").write_text("{}")
+    assert put_aside(run, "other") is None
+    with held(run):
+        assert put_aside(run, "digits") is None
+    aside = put_aside(run, "digits")
+    assert aside == run / "unfinished-1" and (aside / "metrics.jsonl").exists()
+    assert sorted(path.name for path in run.iterdir()) == [LOCK, "unfinished-1"]
+    (run / SETTINGS).write_text('{"name": "digits"}')
+    assert put_aside(run, "digits") == run / "unfinished-2"
+    (run / "checkpoints" / "step_000002").mkdir(parents=True)
+    (run / SETTINGS).write_text('{"name": "digits"}')
+    assert put_aside(run, "digits") is None  # a checkpoint, even a broken one, is somebody's work
 
 
 def test_a_folder_is_held_by_one_living_process(tmp_path: Path) -> None:

@@ -327,6 +327,16 @@ def test_a_resumed_buffer_makes_the_same_draws(capacity, options):
         assert held(buffer) == held(resumed)
 
 
+@pytest.mark.parametrize("place", [-1, 10**6])
+def test_a_state_that_names_a_prompt_that_it_lacks_is_refused(place):
+    buffer, other = filled(), make(4)
+    state = buffer.state_dict()
+    state["sample_prompts"][0] = place
+    with pytest.raises(ValueError, match="names a prompt that it lacks"):
+        other.load_state_dict(state)
+    assert len(other) == 0
+
+
 def test_equal_seeds_draw_equally_and_others_do_not():
     assert keys(filled(5).draw(10, 1005)) == keys(filled(5).draw(10, 1005)) != keys(filled(6).draw(10, 1005))
 

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,6 +23,17 @@ from skyrl.settings import RISK_STARTS, ThresholdConfig, ThresholdFallback, Thre
 LEVELS = 20
 """The thresholds that are looked at let 2/20, 3/20, … 20/20 of the samples pass, or just enough to show anything."""
 LOWEST = 2
+
+
+class SavedThreshold(TypedDict):
+    """What :meth:`Threshold.state_dict` gives: strict JSON."""
+
+    kind: str
+    value: float | None
+    """τ; ``None`` stands for ±inf."""
+    controlled: bool
+    unlabelled: int
+    window: list[tuple[float, bool | None]]
 
 
 @dataclass(slots=True, frozen=True)
@@ -222,17 +233,22 @@ class Threshold:
             metrics[f"{prefix}risk_bound"] = clopper_pearson_upper(sum(labels), len(labels), confidence)
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        """Strict JSON: ``None`` stands for τ = ±inf and for an unknown label."""
-        value = self.value if math.isfinite(self.value) else None
-        window = [(one.score, one.bad) for one in self._window]
-        return {"kind": self.cfg.kind.value, "value": value, "controlled": self.controlled, "window": window}
+    def state_dict(self) -> SavedThreshold:
+        """The window and τ, and how they came about."""
+        return {
+            "kind": self.cfg.kind.value,
+            "value": self.value if math.isfinite(self.value) else None,
+            "controlled": self.controlled,
+            "unlabelled": self._unlabelled,
+            "window": [(one.score, one.bad) for one in self._window],
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SavedThreshold) -> None:
         """Take over a saved window, cut to the newest ``cfg.window``, and τ if the kind is the same and a calibrated
         one; else τ starts as the settings say."""
         self._window.clear()
         self.observe(Candidate(*one) for one in state["window"])
+        self._unlabelled = state["unlabelled"] if self._by_risk else 0
         if self._learns and state["kind"] == self.cfg.kind.value:
             self.value = math.inf if state["value"] is None else state["value"]
             self.controlled = state["controlled"]

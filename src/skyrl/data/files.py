@@ -22,7 +22,7 @@ from skyrl.data.overlap import content
 from skyrl.data.pictures import decode_picture, picture_file, picture_outline
 from skyrl.data.reading import USUAL, Reading
 from skyrl.data.rows import Row, open_rows
-from skyrl.data.values import CellError, json_like, short
+from skyrl.data.values import CellError, check_unicode, json_like, short
 from skyrl.records import Check, DataError, Prompt, Turn
 from skyrl.rewards.claims import check_claims
 from skyrl.rewards.verifiers import get_verifier, verifier_reference
@@ -163,6 +163,7 @@ class FilePrompts:
             self._verifiers.add(check.verifier)
             if problem := _truth_problem(check.verifier, check.truth):
                 raise CellError("verifier" if cells.checks else self._truth_column(row), problem)
+        check_unicode(cells.kind, "kind")
         if "/" in cells.kind:
             raise CellError(
                 "kind", f"got {cells.kind!r}; allowed: no slash, because it becomes part of a metric's name"
@@ -258,6 +259,7 @@ class FilePrompts:
             return str(value)
         if not isinstance(value, str) or not value.strip():
             raise CellError("id", f"got {short(value)}; allowed: a text that isn't empty, or a whole number")
+        check_unicode(value, "id")
         return value
 
     def _file(self, stored: Any, place: int, read: bool = True) -> bytes:

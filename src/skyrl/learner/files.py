@@ -10,8 +10,8 @@ from skyrl.records import SkyrlError, WeightSnapshot
 from skyrl.settings import Config
 
 FILE = "learner.json"
-FORMAT = 2
-"""Of the whole folder; goes up when older ones can't be loaded any more."""
+FORMAT = 3
+"""Of the whole folder; goes up when older ones can't be loaded any more. 1 and 2 held pickled files."""
 
 
 def layout(cfg: Config) -> dict[str, object]:
@@ -37,18 +37,25 @@ def read_state(folder: Path, cfg: Config) -> dict[str, Any]:
     """The state that :func:`write_state` wrote.
 
     Raises:
-        SkyrlError: if ``folder`` holds no learner state, one of another version of skyrl, or one that was written with
-            settings that cut it differently.
+        SkyrlError: if ``folder`` holds no learner state, a damaged one, one of another version of skyrl, or one that
+            was written with settings that cut it differently.
     """
     file = Path(folder) / FILE
     if not file.is_file():
         raise SkyrlError(f"no learner state in {folder}: it has no {FILE}")
-    saved, own = json.loads(file.read_text()), layout(cfg)
+    try:
+        saved, own = json.loads(file.read_text()), layout(cfg)
+    except (ValueError, RecursionError) as error:
+        raise SkyrlError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(saved, dict):
+        raise SkyrlError(f"{file} is damaged: it holds {type(saved).__name__}, no object")
     if saved.get("format") != FORMAT:
         raise SkyrlError(
             f"the learner state in {folder} has format {saved.get('format', 1)}, this version of skyrl reads {FORMAT}: "
             "go on with the version that wrote it, or start anew from the policy that it exported"
         )
+    if not all(isinstance(saved.get(name), dict) for name in ("layout", "state")):
+        raise SkyrlError(f"{file} is damaged: it has no layout and state")
     other = [f"{key}={value} (here {own.get(key)})" for key, value in saved["layout"].items() if value != own.get(key)]
     if other:
         raise SkyrlError(f"the learner state in {folder} was saved with {', '.join(other)}; use the same to resume")

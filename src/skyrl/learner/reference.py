@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skyrl.learner.backend import Backend, NamedTensors
@@ -59,7 +59,7 @@ class Reference:
             start: Gives the starting policy's parameters; called if this reference has left them.
 
         Raises:
-            SkyrlError: if the file is missing or is of another step.
+            SkyrlError: if the file is missing, damaged, or of another step.
         """
         if step == 0:
             if self.step != 0:
@@ -68,7 +68,10 @@ class Reference:
         file = Path(folder) / FILE
         if not file.is_file():
             raise SkyrlError(f"the reference policy was refreshed after step {step}, but {folder} has no {FILE}")
-        with safe_open(file, "pt") as saved:
-            if saved.metadata()["step"] != str(step):
-                raise SkyrlError(f"{file} was written after step {saved.metadata()['step']}; expected: {step}")
-            self.replace(((name, saved.get_tensor(name)) for name in saved.keys()), step)  # noqa: SIM118
+        try:
+            with safe_open(file, "pt") as saved:
+                if (written := (saved.metadata() or {}).get("step")) != str(step):
+                    raise SkyrlError(f"{file} was written after step {written}; expected: {step}")
+                self.replace(((name, saved.get_tensor(name)) for name in saved.keys()), step)  # noqa: SIM118
+        except (SafetensorError, RuntimeError) as error:  # the latter for a tensor of another shape
+            raise SkyrlError(f"{file} is damaged, or no reference policy of this one: {error}") from error

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from skyrl.policy.attention import positions
+from skyrl.policy.attention import last_states, states_before
 from skyrl.policy.encode import EncodedBatch
+from skyrl.policy.hub import refuse_pickled
 from skyrl.policy.output_layer import answer_logprobs
 from skyrl.policy.processor import remedy
 from skyrl.records import ConfigError
@@ -41,13 +42,15 @@ def load_policy(folder: str, dtype: str, trust_remote_code: bool = False) -> Any
         trust_remote_code: Run Python files of the folder.
 
     Raises:
-        ConfigError: if there is no ``config.json`` in the folder, or it has code of its own that may not run.
+        ConfigError: if there is no ``config.json`` in the folder, it has code of its own that may not run, or its
+            weights are pickled.
         OSError: if its weights are missing (transformers' own message names them).
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    refuse_pickled(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ValueError as error:  # also for an architecture that transformers does not know
@@ -115,16 +118,7 @@ class PolicyModule(nn.Module):
     def forward(self, batch: EncodedBatch, with_entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities float32 [N] of the N answer tokens, row after row, -inf for forbidden ones; and entropy
         float32 [N] in nats, without gradient, or None unless ``with_entropy``."""
-        base, inputs = self.model.base_model, dict(batch.pictures)
-        if batch.depths is not None:
-            inputs["position_ids"] = positions(base, batch)
-        hidden = base(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **inputs
-        ).last_hidden_state
-        if batch.parents is None:  # the token at column j is predicted from the hidden state at column j - 1
-            predicted = hidden[:, :-1][batch.answer_mask[:, 1:]]
-        else:
-            predicted = hidden[0, batch.parents[batch.answer_mask[0]]]
+        predicted = states_before(last_states(self.model, batch), batch)
         targets = batch.input_ids[:, 1:][batch.answer_mask[:, 1:]]
         head = self.model.get_output_embeddings()
         logprobs, entropy = answer_logprobs(head, predicted, targets, self.temperature, self.forbidden_ids)

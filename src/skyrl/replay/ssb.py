@@ -9,7 +9,7 @@ import heapq
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -35,6 +35,19 @@ ROW = np.dtype(
     ]
 )
 """A unit: what is drawn and makes room as a whole."""
+
+
+class SavedBuffer(TypedDict):
+    """What :meth:`SelectiveSampleBuffer.state_dict` gives."""
+
+    layout: int
+    samples: list[Sample]
+    sample_prompts: np.ndarray
+    """int64 [N]: each sample's place in ``prompts``."""
+    prompts: list[tuple[Prompt, np.ndarray]]
+    """With their ids, int32 [P]."""
+    rng: dict[str, Any]
+    """The random generator's state, numbers and its name."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -170,8 +183,8 @@ class SelectiveSampleBuffer:
             stats |= {"age_mean": int(ages @ rows["count"]) / size, "age_max": float(ages.max())}
         return stats
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that later draws depend on, each prompt once; picklable, holding the records themselves."""
+    def state_dict(self) -> SavedBuffer:
+        """Everything that later draws depend on, each prompt once; it holds the records themselves."""
         rows = self._rows
         _, first, group = np.unique(rows["group"], return_index=True, return_inverse=True)
         return {
@@ -179,10 +192,20 @@ class SelectiveSampleBuffer:
             "samples": [sample for samples in rows["samples"] for sample in samples],
             "sample_prompts": np.repeat(group, rows["count"]),
             "prompts": list(zip(rows["prompt"][first], rows["prompt_ids"][first], strict=True)),
-            "rng": self._rng.bit_generator.state,
+            "rng": self.random_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def random_state(self) -> dict[str, Any]:
+        """Of the random generator: plain numbers and its name."""
+        return dict(self._rng.bit_generator.state)
+
+    def redo(self, groups: list[SampleGroup], version: int, random_state: dict[str, Any]) -> None:
+        """Bring about what a :meth:`draw` and an :meth:`add` of these groups at ``version`` left behind, given the
+        :meth:`random_state` that followed. Errors as those of :meth:`add` and :meth:`load_state_dict`."""
+        self.add(groups, version)
+        self._rng.bit_generator.state = random_state
+
+    def load_state_dict(self, state: SavedBuffer) -> None:
         """Replace the whole content by that of :meth:`state_dict`.
 
         With the same settings the following draws are those that the saved buffer would have made. All settings may
@@ -191,6 +214,7 @@ class SelectiveSampleBuffer:
         Raises:
             ValueError: for a state of another layout, and for samples that these settings refuse (see :meth:`add`).
                 The buffer stays as it was then.
+            LookupError, TypeError: for a random generator's state that is none.
         """
         if (layout := state.get("layout", 2 if "leaves" in state else 1)) != LAYOUT:
             raise ValueError(
@@ -198,6 +222,8 @@ class SelectiveSampleBuffer:
                 f"checkpoints; this version of skyrl reads layout {LAYOUT}. Go on with the version that saved it, or "
                 "start a new run from its exported policy"
             )
+        if not np.isin(state["sample_prompts"], np.arange(len(state["prompts"]))).all():
+            raise ValueError("the sample buffer's state names a prompt that it lacks")
         members: list[list[Sample]] = [[] for _ in state["prompts"]]
         for sample, place in zip(state["samples"], state["sample_prompts"].tolist(), strict=True):
             members[place].append(sample)
@@ -298,5 +324,6 @@ def _own(array: np.ndarray) -> np.ndarray:
 
 
 def _own_sample(sample: Sample) -> Sample:
-    logprobs = None if sample.logprobs is None else _own(sample.logprobs)
-    return replace(sample, token_ids=_own(sample.token_ids), logprobs=logprobs, mask=_own(sample.mask))
+    logprobs, versions = (None if one is None else _own(one) for one in (sample.logprobs, sample.versions))
+    ids, mask = _own(sample.token_ids), _own(sample.mask)
+    return replace(sample, token_ids=ids, logprobs=logprobs, mask=mask, versions=versions)

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from skyrl.policy.encode import PromptEncoder
+from skyrl.policy.hub import refuse_pickled
 from skyrl.policy.module import load_policy
 from skyrl.records import ConfigError, DataError, Prompt, SampleGroup
 from skyrl.settings.reward_model import VALUE_HEAD, RewardLayout, tensor_files
@@ -129,6 +130,7 @@ def load_conversation_scorer(
 def _classifier(folder: str, dtype: str, device: str, trust_remote_code: bool) -> tuple[Judge, int | None]:
     from transformers import AutoModelForSequenceClassification
 
+    refuse_pickled(folder)
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=trust_remote_code
     )
