@@ -101,7 +101,8 @@ def compare(rows: list[Any], encoder: Any, module: Any, rounds: int) -> Compared
     """Both ways in turn, the first round for warm-up."""
     import torch
 
-    from skyrl.learner.passes import Rows, plan_rows
+    from skyrl.learner.passes import plan_rows
+    from skyrl.policy.forest import Rows
 
     seen: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     tokens, values = {}, {}

@@ -51,7 +51,7 @@ def build(side: int, depth: int) -> tuple[Any, Any]:
 
 
 def batches(encoder: Any, side: int, seed: int, shared: bool) -> list[Any]:
-    from skyrl.learner.passes import Rows
+    from skyrl.policy.forest import Rows
     from skyrl.records import Prompt
 
     rng = np.random.default_rng(seed)

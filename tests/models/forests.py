@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 import torch
 
-from skyrl.learner import trial
-from skyrl.learner.passes import Rows
-from skyrl.policy import attention
+from skyrl.policy import attention, trial
 from skyrl.policy.encode import EncodedBatch, PromptEncoder
-from skyrl.policy.forest import collate_forest
+from skyrl.policy.forest import Rows, collate_forest
 from skyrl.policy.module import PolicyModule
-from skyrl.records import SkyrlError
+from skyrl.records import Sample, SampleGroup, SkyrlError
+from skyrl.rewards.group_scorer import GroupScorer
+from skyrl.rewards.reward_model import RewardModel
 
 CPU = torch.device("cpu")
 ALIKE = ("Idefics3", "Qwen2.5-VL", "GLM-4V", "LLaVA", "Llama", "Qwen3-MoE", "Mistral 3")
@@ -108,7 +108,7 @@ def test_log_probabilities_and_gradients_are_those_of_plain_rows(alike: tuple[Po
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert float((own[name] - gradient).abs().max()) < 1e-5 * largest, name
-    assert trial.forests_agree(policy, encoder)
+    assert trial.forests_agree(policy, encoder, "the policy")
 
 
 @pytest.mark.parametrize("fault", ["position", "mask of one", "mask of all", "parent"])
@@ -133,11 +133,11 @@ def test_a_shift_by_one_is_seen(
 
     with torch.no_grad():
         want = logprobs(policy, Rows.of(rows, encoder, CPU, False))
-        monkeypatch.setattr("skyrl.learner.passes.collate_forest", shifted)
+        monkeypatch.setattr("skyrl.policy.forest.collate_forest", shifted)
         gap = (logprobs(policy, Rows.of(rows, encoder, CPU, True)) - want).abs().max()
     assert gap > 1e-3
     if fault == "mask of one":
-        assert not trial.forests_agree(policy, encoder)
+        assert not trial.forests_agree(policy, encoder, "the policy")
 
 
 # ---------------------------------------------------------------- the trial
@@ -145,7 +145,7 @@ def test_a_shift_by_one_is_seen(
 
 def refused(policy: Policy, encoder: PromptEncoder, caplog: pytest.LogCaptureFixture) -> str:
     with caplog.at_level(logging.WARNING):
-        assert not trial.forests_agree(policy, encoder)
+        assert not trial.forests_agree(policy, encoder, "the policy")
     (said,) = [record.getMessage() for record in caplog.records if record.name == trial.logger.name]
     return said
 
@@ -154,7 +154,7 @@ def refused(policy: Policy, encoder: PromptEncoder, caplog: pytest.LogCaptureFix
 def test_pictures_seen_in_both_directions_and_layers_with_a_state_fall_back(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "log-probabilities differ by" in refused(*made(name), caplog)
+    assert "tokens differ by" in refused(*made(name), caplog)
 
 
 def test_another_attention_falls_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +180,7 @@ def test_a_window_that_only_the_mask_has_falls_back(
         config.sliding_window = 10_000
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, mute)
     monkeypatch.setattr(attention, "forest_attention", mute)
-    assert "log-probabilities differ" in refused(policy, encoder, caplog)
+    assert "tokens differ" in refused(policy, encoder, caplog)
     assert {config.sliding_window for config in attention._text_configs(policy.model)} == {10_000}  # put back
 
 
@@ -193,14 +193,14 @@ def test_code_that_cannot_take_a_forest(collective: bool, caplog: pytest.LogCapt
     )
     if collective:
         with pytest.raises(SkyrlError, match=r"set learner\.shared_rows=false \(TypeError"):
-            trial.forests_agree(policy, encoder)
+            trial.forests_agree(policy, encoder, "the policy")
     else:
         assert "TypeError" in refused(policy, encoder, caplog)
 
 
 def test_in_16_bits_rounding_is_measured(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     policy, encoder = made("Llama", torch.bfloat16)
-    assert trial.forests_agree(policy, encoder)
+    assert trial.forests_agree(policy, encoder, "the policy")
     monkeypatch.setattr(trial, "ROUNDING", 1e6)  # so that it would explain anything
     assert "would hide a wrong position" in refused(policy, encoder, caplog)
 
@@ -219,3 +219,25 @@ def test_layers_may_be_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append({n: p.grad.clone() for n, p in policy.module.named_parameters() if p.grad is not None})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+# ---------------------------------------------------------------- the reward model
+
+
+@pytest.mark.parametrize(("name", "shares"), [*((name, True) for name in ALIKE), ("Gemma 3", False), ("LFM 2", False)])
+def test_scores_of_a_reward_model_are_those_of_whole_rows(name: str, shares: bool) -> None:
+    policy, encoder = made(name)
+    model = RewardModel(policy.model, encoder, likelihood=True).eval()
+    with torch.no_grad():
+        model.head.weight.normal_()
+        groups: dict[str, SampleGroup] = {}
+        want: dict[str, list[float]] = {}
+        for prompt, ids, answer in trial._trial_rows(encoder):
+            group = groups.setdefault(prompt.id, SampleGroup(prompt, ids, []))
+            group.samples.append(Sample(len(group.samples), answer, None, "", True, 0))
+            want.setdefault(prompt.id, []).append(float(model(encoder.collate([(prompt, ids, answer)]))))
+    scorer = GroupScorer(model, 64, encoder)
+    assert scorer.forests is shares
+    got, expected = (np.concatenate(list(some)) for some in (scorer.score([*groups.values()]), want.values()))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert np.ptp(expected) > 0.1

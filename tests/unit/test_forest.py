@@ -97,12 +97,17 @@ def test_attention_in_chunks_equals_a_mask_of_the_whole(rows: list[Row], window:
     torch.testing.assert_close(got, want.transpose(1, 2))
 
 
-def test_chunks_grow_with_what_they_see_and_end_with_their_tree() -> None:
+def test_chunks_grow_with_what_they_see_and_end_with_their_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CHUNK", 128)
     ends = torch.tensor([970] * 970 + [2000] * 1030)
     _, queries, keys, masks = attention._cut(ends, None)
     assert queries == [*[128] * 5, 160, 170, *[128] * 5, 160, 200, 30]
     assert keys == [128, 256, 384, 512, 640, 800, 970, 128, 256, 384, 512, 640, 800, 1000, 1030]
     assert [mask.shape for mask in masks] == list(zip(queries, keys, strict=True))
+    trees = np.repeat(np.cumsum([100, 20, 50, 150, 12, 200]), [100, 20, 50, 150, 12, 200])
+    _, queries, keys, _ = attention._cut(torch.from_numpy(trees), None)
+    # Two small trees, one, most of one; the rest of it is too little for a chunk of its own, but not with the next one.
+    assert (queries, keys) == ([120, 50, 128, 34, 128, 72], [120, 50, 128, 162, 128, 200])
 
 
 def test_what_a_forest_cannot_have_is_refused() -> None:

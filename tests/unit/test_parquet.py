@@ -68,7 +68,14 @@ def test_only_a_few_row_groups_stay_in_memory(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(rows_module, "CACHED_BYTES", 1)
     read = FilePrompts(tmp_path / "p.parquet")
     assert [read[row].id for row in (0, 199, 64, 63)] == ["train/0", "train/199", "train/64", "train/63"]
-    assert len(read.rows.groups) == 1
+    assert len(read.rows.groups.kept) == 1
+
+    size = max(table.nbytes for table, _ in read.rows.groups.kept.values())
+    monkeypatch.setattr(rows_module, "CACHED_BYTES", 2.5 * size)
+    for row in (0, 64, 128, 70, 199, 0):  # of groups 0, 1, 2, 1, 3, 0
+        assert read[row].id == f"train/{row}"
+    assert [*read.rows.groups.kept] == [1, 3, 0]  # group 3 has only 8 rows
+    assert read.rows.groups._bytes == sum(table.nbytes for table, _ in read.rows.groups.kept.values())
 
 
 def test_defaults(tmp_path: Path) -> None:

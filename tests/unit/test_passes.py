@@ -11,9 +11,10 @@ import torch
 
 from skyrl.data.pictures import mask_picture
 from skyrl.evaluation.picture_drop import masked_group
-from skyrl.learner.passes import Rows, Share, distinct_share, score_groups, score_share
+from skyrl.learner.passes import Share, distinct_share, score_groups, score_share
 from skyrl.policy.attention import share_prompts
 from skyrl.policy.encode import EncodedBatch
+from skyrl.policy.forest import Rows
 from skyrl.policy.module import PolicyModule
 from skyrl.records import PreferencePair, Prompt, Sample, SampleGroup, TrainBatch, TrainItem
 from skyrl.settings import HallucinationConfig

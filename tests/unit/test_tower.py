@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from skyrl.policy.encode import EncodedBatch
 from skyrl.policy.lora import add_lora
 from skyrl.policy.module import PolicyModule, freeze
+from skyrl.policy.rounding import rounding_errors
 from skyrl.policy.tower import TowerFeatures
 from skyrl.settings import LoraConfig, Trainable
-from skyrl.sync.rounding import rounding_errors
 
 ENCODER = tiny_models.encoder()
 FEATURES = 16 * 96 * 4

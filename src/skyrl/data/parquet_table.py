@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from skyrl.data.pictures import decode_picture, picture_file
-from skyrl.data.rows import BROKEN
+from skyrl.data.rows import BROKEN, RowGroups
 from skyrl.records import DataError
 
 ROWS_PER_GROUP = 64
 """Rows that :func:`write_rows` puts into one row group, the smallest part that can be read."""
-CACHED_BYTES = 256 * 2**20
-"""Row groups with pictures that one table keeps in memory, at least one."""
 PICTURE_NAME = re.compile(r"image|img|picture|photo", re.IGNORECASE)
 """What an unknown column is called that probably holds pictures."""
 
@@ -121,10 +118,7 @@ class ParquetTable:
         if "id" not in loaded:
             cells["id"] = [f"{path.stem}/{row}" for row in range(len(table))]
         self._table = pa.table(cells | {name: _plain(columns[name].kind, table.column(name)) for name in loaded})
-        groups = range(self._file.num_row_groups)
-        self._group_ends = np.cumsum([self._file.metadata.row_group(group).num_rows for group in groups])
-        self.groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
-        """Row groups of pictures in memory, the last used one at the end."""
+        self._pictures = RowGroups(self._file, ["images"])
         self._check_rows([name for name in loaded if not columns[name].may_be_null])
 
     def __len__(self) -> int:
@@ -165,17 +159,11 @@ class ParquetTable:
         return decode_picture(file, at)
 
     def _stored_pictures(self, row: int) -> list[Any] | None:
-        group = int(np.searchsorted(self._group_ends, row, side="right"))
-        if group not in self.groups:
-            try:
-                self.groups[group] = self._file.read_row_group(group, columns=["images"]).column("images")
-            except BROKEN as error:
-                raise DataError(f"{where(self.path, row, 'images')}: can't be read: {error}") from error
-        self.groups.move_to_end(group)
-        while len(self.groups) > 1 and sum(part.nbytes for part in self.groups.values()) > CACHED_BYTES:
-            self.groups.popitem(last=False)
-        start = int(self._group_ends[group - 1]) if group else 0
-        return self.groups[group][row - start].as_py()
+        try:
+            found: list[Any] | None = self._pictures[row]["images"]
+        except BROKEN as error:
+            raise DataError(f"{where(self.path, row, 'images')}: can't be read: {error}") from error
+        return found
 
     def _check_rows(self, needed: list[str]) -> None:
         if not len(self):

@@ -25,8 +25,8 @@ LARGE_ROWS = 64
 GROUP_BYTES = 64 * 2**20
 """A Parquet row group above this is too large to be read for one row: the file's rows are then copied to a temporary
 file with small ones."""
-CACHED_BYTES = 32 * 2**20
-"""Row groups that one file keeps in memory, at least one."""
+CACHED_BYTES = 16 * 2**20
+"""Row groups that one file keeps in memory, at least one. Where rows are read in no order, hardly one is met again."""
 NAMED_ROWS = 1000
 """JSON lines whose keys count as the file's columns."""
 BROKEN = (OSError, pa.ArrowException, ValueError, LookupError, OverflowError, RecursionError)
@@ -82,42 +82,65 @@ def reading(path: Path, row: int | None = None) -> Iterator[None]:
         raise DataError(f"{path}{at}: can't be read: {type(error).__name__}: {error}") from error
 
 
+class RowGroups:
+    """Random access to the rows of an open Parquet file. Row groups that were read last stay in memory.
+
+    Args:
+        columns: Those that are read; None for all.
+    """
+
+    def __init__(self, file: pq.ParquetFile, columns: list[str] | None = None) -> None:
+        self._file, self._columns = file, columns
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+        self.largest: int = max((group.total_byte_size for group in groups), default=0)
+        """Bytes of the largest row group, all columns, not compressed."""
+        self.kept: OrderedDict[int, tuple[pa.Table, int]] = OrderedDict()
+        """Row groups in memory and their bytes, the last used one at the end."""
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, row: int) -> Row:
+        """Column → cell. Raises one of :data:`BROKEN` if it can't be read."""
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        if group not in self.kept:
+            table = self._file.read_row_group(group, self._columns, use_threads=False)
+            table.validate(full=True)
+            self.kept[group] = table, table.nbytes
+            self._bytes += table.nbytes
+        self.kept.move_to_end(group)
+        while len(self.kept) > 1 and self._bytes > CACHED_BYTES:
+            self._bytes -= self.kept.popitem(last=False)[1][1]
+        start = int(self._ends[group - 1]) if group else 0
+        found: Row = self.kept[group][0].slice(row - start, 1).to_pylist()[0]
+        return found
+
+
 class ParquetRows:
-    """A Parquet file. Row groups that were read last stay in memory."""
+    """A Parquet file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._copy: ParquetRows | None = None
-        self.groups: OrderedDict[int, pa.Table] = OrderedDict()
-        """In memory, the last used one at the end."""
         with reading(path):
             # No memory map, whose pages would count as this process's memory; buffered, or a column is read as a whole.
             self._file = pq.ParquetFile(path, buffer_size=2**20)
             self.names: list[str] = self._file.schema_arrow.names
             self.inline = _inline(self._file.schema_arrow)
-            groups = [self._file.metadata.row_group(group) for group in range(self._file.num_row_groups)]
-            self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
-            self._large = max((group.total_byte_size for group in groups), default=0) > GROUP_BYTES
+            self.groups = RowGroups(self._file)
+            self._large = self.groups.largest > GROUP_BYTES
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self.groups)
 
     def __getitem__(self, row: int, /) -> Row:
         if self._large:
             self._copy = self._copy or self._copied()
             return self._copy[row]
-        group = int(np.searchsorted(self._ends, row, side="right"))
         with reading(self.path, row):
-            if group not in self.groups:
-                table = self._file.read_row_group(group, use_threads=False)
-                table.validate(full=True)
-                self.groups[group] = table
-            self.groups.move_to_end(group)
-            while len(self.groups) > 1 and sum(part.nbytes for part in self.groups.values()) > CACHED_BYTES:
-                self.groups.popitem(last=False)
-            start = int(self._ends[group - 1]) if group else 0
-            found: Row = self.groups[group].slice(row - start, 1).to_pylist()[0]
-            return found
+            return self.groups[row]
 
     def batches(self, without: Collection[str] = ()) -> Iterator[list[Row]]:
         names = [name for name in self.names if name not in without]
@@ -127,7 +150,7 @@ class ParquetRows:
             yield rows
 
     def _record_batches(self, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
-        for group in range(len(self._ends)):  # asked for all groups, pyarrow keeps what it has read
+        for group in range(self._file.num_row_groups):  # asked for all groups, pyarrow keeps what it has read
             with reading(self.path):
                 found = self._file.iter_batches(size, [group], names, use_threads=False)
             while True:

@@ -9,34 +9,12 @@ import numpy as np
 import torch
 
 from skyrl.policy.encode import EncodedBatch, PromptEncoder
-from skyrl.policy.forest import collate_forest
+from skyrl.policy.forest import Rows
 from skyrl.policy.packing import MicroBatch, Row, distinct_rows, ghost_row, plan_forests, plan_micro_batches
 from skyrl.records import PreferencePair, SampleGroup, TrainBatch, TrainItem
 
 Forward = Callable[[EncodedBatch], torch.Tensor]
 """Log-probabilities [N] of the answer tokens of a batch."""
-
-
-@dataclass(slots=True)
-class Rows:
-    """Rows for one forward pass, with nothing twice: equal ones, or in a forest whatever two have in common."""
-
-    encoded: EncodedBatch
-    """The distinct rows, or the forest, with M answer tokens."""
-    places: torch.Tensor
-    """int64 [N]: of each answer token of all rows, row after row, its place among the M: ``logprobs[places]`` are all
-    rows' log-probabilities, and the gradients of equal ones add up."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], encoder: PromptEncoder, device: torch.device, forest: bool) -> Rows:
-        if forest:
-            encoded, places = collate_forest(rows, encoder)
-            return cls(encoded.to(device), torch.from_numpy(places).to(device))
-        kept, of_row = distinct_rows(rows)
-        lengths = [len(answer_ids) for _, _, answer_ids in kept]
-        starts = np.cumsum([0, *lengths])
-        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in of_row])
-        return cls(encoder.collate(kept).to(device), torch.from_numpy(places).to(device))
 
 
 def plan_rows(

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from skyrl.policy.encode import TYPE_KEYS, EncodedBatch
 
 NAME = "skyrl_forest"
-CHUNK, SHARE = 128, 4
+CHUNK, SHARE = 96, 4
 """Columns whose attention is computed together: so many, or this fraction of the tokens before them in their plain row
 where that is more. They see but their own trunk and branches, so the cost grows with what is seen, not with the square
 of the row; and all keys and values that are gathered for it are a few times those of the row, not of all plain rows."""
@@ -99,13 +99,18 @@ def _cut(ends: Tensor, window: int | None) -> Chunks:
     """
     every = torch.arange(len(ends))
     depths = every - torch.searchsorted(ends.sort().values, every, right=True)
+    roots = every[depths == 0]
     columns, queries, keys, masks = [], [], [], []
     start = 0
     while start < len(ends):
         # Whatever a column of the chunk sees before the chunk, its first column sees too: it lies in the same subtree.
         before = every[:start][ends[:start] > start]
         tree_end = int(ends[before[0]]) if len(before) else len(ends)
-        own = every[start : max(start + CHUNK, min(start + len(before) // SHARE, tree_end))]
+        stop = max(start + CHUNK, min(start + len(before) // SHARE, tree_end))
+        # Sooner, at the end of a tree: the beginning of the next one would be computed against all of this one for
+        # nothing. But not so soon that there are many small chunks.
+        whole = roots[(roots > start + CHUNK // 4) & (roots <= stop)]
+        own = every[start : int(whole[-1]) if len(whole) and stop < len(ends) else stop]
         seen = torch.cat([before, own])
         mask = (seen <= own[:, None]) & (own[:, None] < ends[seen])
         if window is not None:
@@ -116,6 +121,23 @@ def _cut(ends: Tensor, window: int | None) -> Chunks:
         masks.append(mask)
         start += len(own)
     return torch.cat(columns), queries, keys, masks
+
+
+def last_states(model: Any, batch: EncodedBatch) -> Tensor:
+    """[B, L, H]: the last hidden states of a language model, of plain rows or of a forest."""
+    base, inputs = model.base_model, dict(batch.pictures)
+    if batch.depths is not None:
+        inputs["position_ids"] = positions(base, batch)
+    out = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **inputs)
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
+def states_before(hidden: Tensor, batch: EncodedBatch) -> Tensor:
+    """[M, H]: of each of the M answer tokens, the state of the token before it, which predicts it."""
+    if batch.parents is None:
+        return hidden[:, :-1][batch.answer_mask[:, 1:]]
+    return hidden[0, batch.parents[batch.answer_mask[0]]]
 
 
 def positions(base_model: Any, batch: EncodedBatch) -> Tensor:

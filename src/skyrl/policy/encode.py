@@ -173,6 +173,11 @@ class PromptEncoder:
 
     # ------------------------------------------------------------ prompts
 
+    @property
+    def opening(self) -> str:
+        """What the chat template writes between a question and its answer."""
+        return self._chat.opening
+
     def check_question(self, prompt: Prompt) -> None:
         """Look for what can't be asked, without opening a picture or encoding a word.
 

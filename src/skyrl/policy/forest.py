@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from skyrl.policy.encode import TYPE_KEYS, EncodedBatch, PromptEncoder
-from skyrl.policy.packing import Row, common_beginning
+from skyrl.policy.packing import Row, common_beginning, distinct_rows
 
 
 @dataclass(slots=True)
@@ -83,3 +83,25 @@ def collate_forest(rows: Sequence[Row], encoder: PromptEncoder) -> tuple[Encoded
     pictures = {name: t[real][None] if name in TYPE_KEYS else t for name, t in trees.pictures.items()}
     ids, answers = trees.input_ids[real][None], trees.answer_mask[real][None]
     return EncodedBatch(ids, ends[None, None, None], answers, pictures, depths[None], parents), forest.places
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows for one forward pass, with nothing twice: equal ones, or in a forest whatever two have in common."""
+
+    encoded: EncodedBatch
+    """The distinct rows, or the forest, with M answer tokens."""
+    places: torch.Tensor
+    """int64 [N]: of each answer token of all rows, row after row, its place among the M: ``logprobs[places]`` are all
+    rows' log-probabilities, and the gradients of equal ones add up."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], encoder: PromptEncoder, device: torch.device, forest: bool) -> Rows:
+        if forest:
+            encoded, places = collate_forest(rows, encoder)
+            return cls(encoded.to(device), torch.from_numpy(places).to(device))
+        kept, of_row = distinct_rows(rows)
+        lengths = [len(answer_ids) for _, _, answer_ids in kept]
+        starts = np.cumsum([0, *lengths])
+        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in of_row])
+        return cls(encoder.collate(kept).to(device), torch.from_numpy(places).to(device))

@@ -126,7 +126,8 @@ class RewardConfig(WorkerConfig):
     numeric_tolerance: NonNegativeFloat = 1e-6
     """Relative tolerance of the ``numeric`` verifier: nothing but 0 is right for 0."""
     model_batch: Count = 64
-    """Samples that the reward model scores in one forward pass; also the most prompts that it reads in one."""
+    """Samples that the reward model scores in one forward pass. Where those of a prompt share its row, a pass has the
+    tokens of so many of the longest ones, but at most 8,192."""
 
 
 def reward_problems(cfg: Config) -> Iterator[Problem]:
