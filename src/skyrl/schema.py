@@ -148,6 +148,9 @@ def field_problems(error: ValidationError, data: dict[str, Any], settings: dict[
             must = "must be a finite number"
         elif isinstance(value, bool):
             must += "; in YAML, words such as off, on, yes and no need quotes"
+        elif one["type"] == "enum":
+            near = _near(str(one["input"]), re.findall("'([^']*)'", one["ctx"]["expected"]))
+            must += f"; did you mean {near}?" if near else ""
         elif one["type"] == "value_error":
             must += f" ({one['ctx']['error']})"
         sentence = f"{key}={shown(value)}: {must}"
@@ -163,7 +166,10 @@ def field_problems(error: ValidationError, data: dict[str, Any], settings: dict[
 def unknown_key(key: str, known: Collection[str]) -> str:
     """That there is no such setting among ``known``, with the names that are near it."""
     names = [*known, *sorted({k.rpartition(".")[0] for k in known if "." in k})]
-    near = difflib.get_close_matches(key, names, n=2, cutoff=0.8)
-    near = near or [k for k in names if k.split(".")[-1] == key.split(".")[-1]]
-    mend = f"did you mean {' or '.join(near)}?" if near else "`python -m skyrl.launch --cfg job` lists all keys"
+    near = _near(key, names) or " or ".join(k for k in names if k.split(".")[-1] == key.split(".")[-1])
+    mend = f"did you mean {near}?" if near else "`python -m skyrl.launch --cfg job` lists all keys"
     return f"{key}: there is no such setting; {mend}"
+
+
+def _near(word: str, known: Collection[str]) -> str:
+    return " or ".join(difflib.get_close_matches(word, known, n=2, cutoff=0.8))

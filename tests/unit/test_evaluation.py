@@ -70,8 +70,15 @@ def test_every_number_by_hand() -> None:
     assert metrics == pytest.approx(
         {
             "eval/accuracy": 2 / 4,  # of the four that were scored
+            "eval/scored": 4,
             "eval/format": 3 / 4,
+            "eval/format_of_right": 1 / 2,
+            "eval/answer_share": 1.0,
             "eval/reward_model": (2 - 1 + 2 + 1) / 4,
+            "eval/reward_model_std": 1.5**0.5,
+            "eval/reward_model_largest": 2.0,
+            "eval/model_agreement": 1.0,  # of 2 and 2 against -1 and 1
+            "eval/model_agreement_sd": (4 * 5 / 12) ** 0.5 / 4,
             "eval/reward_model_median": (1 + 2) / 2,
             "eval/reward_model_iqr": 2 - 0.5,  # a quarter of -1, 1, 2, 2 lies below (-1 + 3 · 1) / 4
             "eval/errors": 2,

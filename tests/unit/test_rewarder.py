@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,9 @@ from skyrl.data.parquet import write_parquet
 from skyrl.monitoring.metrics import check_names
 from skyrl.records import Check, DataError, Prompt, Sample, SampleGroup, SkyrlError
 from skyrl.rewards import rewarder as module
-from skyrl.rewards.metrics import failures, refuse_all_failed, reward_metrics
+from skyrl.rewards.metrics import failures, fingerprint, model_agreement, refuse_all_failed, reward_metrics
 from skyrl.rewards.rewarder import Rewarder
-from skyrl.settings import Config, Squash, Std, Truncated
+from skyrl.settings import Config, GrpoFilter, Squash, Std, Truncated
 
 PICTURE = np.zeros((4, 4, 3), dtype=np.uint8)
 RIGHT = "<think>I see 31/41.</think><answer>9</answer>"
@@ -350,14 +351,28 @@ def test_metrics() -> None:
         {
             "reward/rule": 0.4,
             "reward/rule/numeric": 0.4,
+            "reward/rule_std": 0.24**0.5,
             "reward/accuracy": 0.4,
             "reward/format": 0.6,
+            "reward/format_of_right": 0.5,
             "reward/model": 0.8,
+            "reward/model_std": 0.56**0.5,
+            "reward/model_largest": 2.0,
+            # 1 above 0 and 0; 2 above 1. By Mann-Whitney the variances are 2 · 4 / 12 and 1 · 3 / 12.
+            "reward/model_agreement": 1.0,
+            "reward/model_agreement_sd": (11 / 12) ** 0.5 / 3,
+            "reward/tied_share": 0.0,
+            "reward/advantage_order": 1.0,
+            "reward/advantage_centre": 0.0,
+            "reward/scored": 5.0,
             "reward/total": 0.4 + 0.06 + 0.8,
             "reward/errors": 1.0,
             "response/length_mean": (4 + 5 + 6 + 7 + 4 + 5) / 6,
             "response/truncated_share": 1 / 6,
             "response/repetition": (0 + 1 / 2 + 2 / 3 + 3 / 4 + 0 + 1 / 2) / 6,  # 4-grams of equal tokens: 1, 2, 3 …
+            "response/same_share": 0.0,
+            "response/answer_share": 5 / 6,
+            "data/fingerprint": fingerprint(["train/17", "train/17"]),
             "hallucination/rate": 1 / 4,
             "hallucination/false_claim_share": 1 / 11,
             "hallucination/coverage": 3 / 4,
@@ -365,12 +380,70 @@ def test_metrics() -> None:
     )
 
 
+def test_answers_to_one_prompt_are_compared() -> None:
+    rewarder = make(config(), [1.0, 1.0, 3.0], [2.0, 2.0, 2.0])
+    first, second = rewarder.score([group(RIGHT, WRONG, WRONG), group(WRONG, WRONG, WRONG)])
+    second.samples = [replace(sample, token_ids=second.samples[0].token_ids) for sample in second.samples]
+    metrics = reward_metrics([first, second], rewarder.cfg)
+    assert (metrics["reward/tied_share"], metrics["response/same_share"]) == (0.5, 0.5)
+    # Right 1 against wrong 1 (a tie, one half) and 3 (lost); the second group has no right answer.
+    assert metrics["reward/model_agreement"] == 0.25
+    assert metrics["reward/model_agreement_sd"] == pytest.approx((2 * 4 / 12) ** 0.5 / 2)
+    # As one set, right 1 against 1, 3, 2, 2, 2.
+    assert model_agreement([first.samples + second.samples], "x")["x"] == 0.1
+    trains_all = config()
+    trains_all.algorithm.grpo.filter = GrpoFilter.all
+    for sample, advantage in zip(second.samples, (1.0, -1.0, 0.0), strict=True):
+        sample.advantage = advantage
+    assert reward_metrics([second], trains_all)["reward/tied_share"] == 0.0
+    assert reward_metrics([second], rewarder.cfg)["reward/tied_share"] == 1.0
+
+
+def test_advantages_are_held_against_their_rewards() -> None:
+    rewarder = make(config(), [3.0, 2.0, 1.0], [0.0, 0.0, 0.0])
+    first, second = rewarder.score([group(WRONG, WRONG, WRONG), group(WRONG, WRONG, WRONG)])
+    assert reward_metrics([first, second], rewarder.cfg)["reward/advantage_order"] == 1.0
+    one, two, _ = first.samples
+    one.advantage, two.advantage = two.advantage, one.advantage  # 3 > 2 > 1: one of three pairs is turned round
+    turned = reward_metrics([first, second], rewarder.cfg)
+    assert turned["reward/advantage_order"] == pytest.approx(2 / 3)
+    assert turned["reward/advantage_centre"] == pytest.approx(0, abs=1e-12)
+    for sample in second.samples:
+        sample.advantage = 0.25
+    assert reward_metrics([first, second], rewarder.cfg)["reward/advantage_centre"] == 0.25
+
+
+def test_spread_of_the_agreement_is_that_of_chance() -> None:
+    """Against a model that knows nothing, simulated."""
+    rng = np.random.default_rng(0)
+    shares, told = [], []
+    for _ in range(2000):
+        (scored,) = make(config(), rng.normal(size=5).tolist()).score([group(RIGHT, RIGHT, WRONG, WRONG, WRONG)])
+        found = model_agreement([scored.samples], "x")
+        shares.append(found["x"])
+        told.append(found["x_sd"])
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
+    assert np.std(shares) == pytest.approx(told[0], rel=0.05) and len(set(told)) == 1
+
+
+def test_fingerprint_does_not_depend_on_the_order() -> None:
+    assert fingerprint(["a", "b"]) == fingerprint(["b", "a"]) != fingerprint(["ab"]) != fingerprint(["a", "b", "b"])
+
+
 def test_what_was_not_measured_has_no_key(rules: Rewarder) -> None:
-    assert reward_metrics([], rules.cfg) == {"reward/errors": 0.0}
+    assert reward_metrics([], rules.cfg) == {"reward/errors": 0.0, "reward/scored": 0.0}
     text_only = reward_metrics(rules.score([group(BARE, WRONG, picture=False)]), rules.cfg)
     assert set(text_only) == {
-        *(f"reward/{name}" for name in ("errors", "total", "rule", "rule/numeric", "format", "accuracy")),
-        *(f"response/{name}" for name in ("length_mean", "truncated_share", "repetition")),
+        *(f"reward/{name}" for name in ("errors", "scored", "total", "rule", "rule/numeric", "rule_std", "accuracy")),
+        *(
+            f"reward/{name}"
+            for name in ("format", "format_of_right", "tied_share", "advantage_order", "advantage_centre")
+        ),
+        *(
+            f"response/{name}"
+            for name in ("length_mean", "truncated_share", "repetition", "answer_share", "same_share")
+        ),
+        "data/fingerprint",
     }
     silent = reward_metrics(rules.score([group(BARE, BARE)]), rules.cfg)
     assert silent["hallucination/rate"] == silent["hallucination/coverage"] == 0.0

@@ -8,10 +8,11 @@ import logging
 import math
 import re
 import sys
+import threading
 import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ from skyrl.monitoring.records import jsonable, read_metrics
 from skyrl.monitoring.sinks import (
     ConsoleSink,
     JsonlSink,
+    RayGaugeSink,
     Sinks,
     TensorboardSink,
     WandbSink,
     check_tensorboard,
     wandb_mode,
 )
-from skyrl.records import ConfigError, DataError
+from skyrl.records import ConfigError, DataError, Event
 from skyrl.settings import Config, WandbMode
 
 STEP = {
@@ -237,8 +239,12 @@ class Writer:
 
     shown: list[tuple[int, str, float]]
 
-    def __init__(self, logdir: str, purge_step: int | None = None) -> None:
-        assert Path(logdir).name == "tensorboard"
+    def __init__(self, logdir: str, max_queue: int, purge_step: int | None = None) -> None:
+        assert Path(logdir).name == "tensorboard" and max_queue == 0
+        self.full, self.left = threading.Event(), list[str]()
+        queue = SimpleNamespace(cancel_join_thread=lambda: self.left.append("left"))
+        self.file_writer = SimpleNamespace(event_writer=SimpleNamespace(_event_queue=queue))
+        threading.Thread(target=self.full.wait, daemon=True).start()
         if purge_step is not None:
             Writer.shown = [one for one in Writer.shown if one[0] < purge_step]
 
@@ -246,7 +252,9 @@ class Writer:
         Writer.shown.append((step, name, value))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """As there, it would wait for ever for a thread that has died."""
+        assert not self.full.is_set()
+        self.full.set()
 
 
 @pytest.fixture
@@ -278,6 +286,33 @@ def test_tensorboard_resumes_with_one_value_a_step(tmp_path: Path, tensorboard: 
     assert shown == {(2, "sync/seconds"): 9.0, (2, "loss/total"): 2.0, (2, "time/step"): 3.0, (3, "loss/total"): 30.0}
 
 
+def test_tensorboard_goes_back_with_the_run(tmp_path: Path, tensorboard: type[Writer]) -> None:
+    sink = TensorboardSink(tmp_path)
+    for step in range(4):
+        sink.log(step, {"loss/total": float(step)})
+    sink.rewind(1)
+    sink.log(2, {"loss/total": 20.0})
+    sink.close()
+    assert Writer.shown == [(0, "loss/total", 0.0), (1, "loss/total", 1.0), (2, "loss/total", 20.0)]
+
+
+def test_tensorboard_whose_writer_died_of_a_full_disk_holds_up_nothing(
+    tmp_path: Path, tensorboard: type[Writer], caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = TensorboardSink(tmp_path)
+    sink.log(1, {"loss/total": 1.0})
+    writer = sink._writer
+    writer.full.set()
+    for thread in sink._threads:
+        thread.join()
+    with caplog.at_level(logging.WARNING):
+        sink.log(2, {"loss/total": 2.0})
+        sink.log(3, {"loss/total": 3.0})
+        sink.close()
+    assert Writer.shown == [(1, "loss/total", 1.0)] and writer.left == ["left"]
+    assert caplog.text.count(f"nothing more is written to {tmp_path / 'tensorboard'}: its disk is full") == 1
+
+
 def test_tensorboard_that_is_resumed_and_stopped_at_once_loses_nothing(
     tmp_path: Path, tensorboard: type[Writer]
 ) -> None:
@@ -290,3 +325,26 @@ def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -
     check_tensorboard(False)
     with pytest.raises(ConfigError, match=r"^monitoring\.tensorboard=True: .*pip install tensorboardX$"):
         check_tensorboard(True)
+
+
+def test_gauges_follow_the_numbers_and_count_the_alarms_that_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, float] = {}
+
+    class Gauge:
+        def __init__(self, name: str, tag_keys: tuple[str, ...]) -> None:
+            self.name = name
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            shown[self.name] = value
+
+    monkeypatch.setitem(sys.modules, "ray.util.metrics", ModuleType("ray.util.metrics"))
+    sys.modules["ray.util.metrics"].Gauge = Gauge  # type: ignore[attr-defined]
+    sink = RayGaugeSink("tiny/first")
+    sink.log(3, {"reward/rule/close-by": 0.5})
+    assert shown == {"skyrl_step": 3.0, "skyrl_alarms": 0.0, "skyrl_reward_rule_close_by": 0.5}
+    for kind, member, on in (("alarm", "a", 1), ("alarm", "b", 2), ("alarm", "a", 2), ("alarm over", "a", 1)):
+        sink.event(Event(0.0, 3, kind, member, ""))
+        assert shown["skyrl_alarms"] == on
+    sink.event(Event(0.0, 3, "replaced", "rollout-0", ""))
+    sink.log(4, {})
+    assert shown["skyrl_alarms"] == 1 and shown["skyrl_step"] == 4

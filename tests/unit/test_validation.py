@@ -84,7 +84,7 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
     "a whole number, 0 or more": (
         "evaluation.every evaluation.gallery checkpoint.every learner.warmup_steps algorithm.mpo.reference_every "
         "algorithm.mpo_steps reward.judge.max_calls hallucination.probe_prompts data.seed "
-        "digits.model_seed controller.seed controller.lag "
+        "digits.model_seed controller.seed controller.lag controller.restarts "
         "rollout.threads reward.threads learner.threads learner.lora.rank evaluate.report_answers",
         [0],
         [-1, 0.5, None, False],
@@ -223,6 +223,11 @@ LIMITS: dict[str, tuple[str, list[object], list[object]]] = {
         "data.train_path data.eval_path",
         [None, "a", ["a", "b"]],
         [False, [], [None]],
+    ),
+    "a list, each the name of an alarm (docs/monitoring.md)": (
+        "monitoring.stop_on",
+        [[], ["cut_off", "stale"]],
+        [["cut_of"], "cut_off", None, [1]],
     ),
     "null, or a list, each a number, above 0": ("data.weights", [None, [1, 0.5]], [[0], [-1], 1, [math.inf]]),
     "true or false": (

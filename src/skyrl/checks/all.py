@@ -56,6 +56,12 @@ CHECKS = [
         needs="pictures",
     ),
     Check(
+        "prompt form",
+        policy.prompt_form,
+        "let the data hold plain questions, and let either the chat template or the tokenizer write the beginning",
+        needs="chat template",
+    ),
+    Check(
         "stop tokens",
         policy.stop_tokens,
         "name the token that ends a turn as eos_token_id in the folder's generation_config.json",

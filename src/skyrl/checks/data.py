@@ -12,7 +12,6 @@ import numpy as np
 
 from skyrl.checks.subject import Subject
 from skyrl.data.datasets import check_size, verifier_names
-from skyrl.data.overlap import overlap
 from skyrl.records import DataError, Prompt, Sample, SampleGroup
 from skyrl.rewards.answers import AnswerForm
 from skyrl.rewards.conventions import Takes
@@ -34,13 +33,11 @@ def rows(subject: Subject) -> str:
 
 def repeated(subject: Subject) -> list[str]:
     """A note, if prompts to evaluate on are also trained on."""
-    data = subject.datasets
-    found = None if subject.cfg.data.pairs_path is not None else overlap(data["eval"], data["train"])
-    if found is None:
+    if (found := subject.overlap) is None:
         return []
-    one, other = found.first
+    (one, other), held_out = found.first, len(subject.datasets["eval"])
     return [
-        f"note: {found.same} of {len(data['eval'])} evaluation prompts are also trained on ({one!r} of data.eval_path "
+        f"note: {found.same} of {held_out} evaluation prompts are also trained on ({one!r} of data.eval_path "
         f"is {other!r} of data.train_path); accuracy on them says what is known by heart"
     ]
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from skyrl.checks.prompts import written_once
 from skyrl.checks.subject import Skip, Subject
 from skyrl.records import ConfigError, Prompt
 from skyrl.settings import Config, RolloutConfig
@@ -71,6 +72,12 @@ def chat_template(subject: Subject) -> str:
         raise ConfigError(f"the answer {bare!r} comes back from the tokenizer as {back!r}")
     opens = f"; it writes {encoder.answer_prefix} itself" if encoder.answer_prefix else ""
     return f"{len(ids)} tokens for prompt {prompt.id!r}{opens}: {_short(encoder.chat_text(prompt))}"
+
+
+def prompt_form(subject: Subject) -> str:
+    """Prompts are written once, with one beginning."""
+    prompts = [prompt for some in subject.prompts.values() for _, prompt in some]
+    return f"{written_once(subject.encoder, prompts)} prompts are written once, with one beginning"
 
 
 def stop_tokens(subject: Subject) -> str:

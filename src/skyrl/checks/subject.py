@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from skyrl.data.datasets import PromptDataset, build_datasets
+from skyrl.data.overlap import Overlap, overlap
 from skyrl.records import Prompt
 from skyrl.settings import Config
 
@@ -50,6 +51,11 @@ class Subject:
     @cached_property
     def datasets(self) -> dict[str, PromptDataset]:
         return build_datasets(self.cfg)
+
+    @cached_property
+    def overlap(self) -> Overlap | None:
+        """Prompts to evaluate on that are also trained on; None too if the prompts that are trained on are pairs."""
+        return None if self.cfg.data.pairs_path is not None else overlap(self.datasets["eval"], self.datasets["train"])
 
     @cached_property
     def encoder(self) -> PromptEncoder:

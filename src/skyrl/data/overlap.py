@@ -26,6 +26,10 @@ class Overlap(NamedTuple):
     first: tuple[str, str]
     """Ids of the first one, in the evaluation and in the training data."""
 
+    @property
+    def number(self) -> int:
+        return int(self.same.rpartition(" ")[2])
+
 
 def overlap(held_out: PromptDataset, train: PromptDataset) -> Overlap | None:
     """Prompts that stand in both, by conversation, truth and pictures; None if none was found, or if the data sets are

@@ -140,6 +140,13 @@ class MixedStream:
         return [PromptStream(size, self.seed + place) for place, size in enumerate(self.sizes)]
 
 
+def rows_used(state: dict[str, Any]) -> int:
+    """How many rows a stream with this ``state_dict`` has given."""
+    if "parts" in state:
+        return sum(state["taken"])
+    return int(state["epoch"] * state["size"] + state["position"])
+
+
 def prompt_stream(
     sizes: Sequence[int], seed: int, per_step: int, weights: Sequence[float] | None, rows: Sequence[int] | None = None
 ) -> Stream:

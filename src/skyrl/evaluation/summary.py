@@ -16,8 +16,8 @@ from skyrl.evaluation.picture_drop import picture_drop
 from skyrl.monitoring.gallery import add_after, gallery_entries
 from skyrl.monitoring.records import read_json, write_json
 from skyrl.monitoring.samples import SampleFiles
-from skyrl.records import DataError, Metrics, RolloutRequest, SampleGroup, flatten
-from skyrl.rewards.metrics import answer_metrics, failures, means, refuse_all_failed
+from skyrl.records import DataError, Metrics, RolloutRequest, SampleGroup, SkyrlError, flatten
+from skyrl.rewards.metrics import answer_metrics, failures, means, model_agreement, refuse_all_failed
 from skyrl.rewards.rewarder import Rewarder
 from skyrl.rewards.scorers import score_metrics, score_remark
 from skyrl.settings import Config
@@ -46,7 +46,10 @@ def evaluate_policy(cfg: Config, system: System, step: int, run_dir: Path, clock
     path = run_dir / GALLERY
     chosen = read_json(path) if step > 0 and path.is_file() else None
     found, gallery = system.rewards.one(evaluate, chosen, len(scored), *scored, *blind, step=step)
-    write_json(path, gallery)
+    try:
+        write_json(path, gallery)
+    except SkyrlError as error:  # a full disk: the run is worth more than a picture book of it
+        logger.warning(error)
     for note in system.rewards.one(remarks, *scored) if step == 0 else ():
         logger.warning(note)
     return metrics | found | {"eval/seconds": clock() - started}
@@ -61,12 +64,17 @@ def _answers(system: System, request: RolloutRequest) -> list[list[SampleGroup]]
 
 NAMES = {
     "reward/accuracy": "eval/accuracy",
+    "reward/scored": "eval/scored",
     "reward/format": "eval/format",
+    "reward/format_of_right": "eval/format_of_right",
     "reward/model": "eval/reward_model",
+    "reward/model_std": "eval/reward_model_std",
+    "reward/model_largest": "eval/reward_model_largest",
     "reward/errors": "eval/errors",
     "response/length_mean": "eval/length_mean",
     "response/truncated_share": "eval/truncated_share",
     "response/repetition": "eval/repetition",
+    "response/answer_share": "eval/answer_share",
 }
 
 
@@ -128,7 +136,7 @@ def evaluation_metrics(groups: list[SampleGroup], monitors: Sequence[Monitor]) -
     overall = answer_metrics(groups)
     metrics = {new: overall[old] for old, new in NAMES.items() if old in overall}
     metrics |= {f"eval{n.removeprefix('reward')}": v for n, v in overall.items() if n.startswith("reward/rule/")}
-    metrics |= score_metrics(groups)
+    metrics |= score_metrics(groups) | model_agreement([flatten(groups)], "eval/model_agreement")
     right: defaultdict[str, list[bool]] = defaultdict(list)
     for group in groups:
         right[f"eval/accuracy/{group.prompt.kind}"] += [s.right for s in group.samples if s.reward is not None]

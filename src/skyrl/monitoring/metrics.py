@@ -70,7 +70,14 @@ METRICS: dict[str, MetricInfo] = {
     # ---- learner
     "learner/grad_norm": _M("-", "L2 norm of the whole gradient before clipping."),
     "learner/lr": _M("-", "Learning rate of the step."),
+    "learner/moved/<module>": _M("share",
+        "Tensors of a module that is trained (vision, adapter, language) in which the step changed one of the weights "
+        "that are looked at, of its tensors on rank 0; in 16 bits a small step may change none."),
+    "learner/whole_steps": _M("share",
+        "Weights that the step changed by just the learning rate, of the changed ones that are looked at (of the "
+        "language model if it is trained): nearly all at the optimizer's very first step, few once it has moments."),
     "learner/tokens": _M("tokens", "Answer tokens trained on in the step, over all ranks."),
+    "learner/pictures": _M("pictures", "Pictures of the samples trained on in the step; a sample's count each time."),
     "learner/distinct_share": _M("share",
         "Part of the train batch that is left when equal answers to one prompt count once, over the whole step; a "
         "forward pass runs equal rows of its own micro-batch once."),
@@ -83,13 +90,31 @@ METRICS: dict[str, MetricInfo] = {
     "reward/total": _M("-", "Total hybrid reward, mean over the scored answers of the step."),
     "reward/rule": _M("-",
         "Verifiers' score, in [0, 1] but for functions of other systems, mean over the scored answers of the step."),
+    "reward/rule_std": _M("-", "Standard deviation of that score over the scored answers of the step."),
     "reward/rule/<name>": _M("-",
         "Score of the verifier of that name, mean over the scored answers of the step that it judged."),
     "reward/format": _M("share", "Answers that keep the form of `reward.answer`, of the scored answers of the step."),
+    "reward/format_of_right": _M("share", "Answers that keep that form, of the step's right answers."),
     "reward/model": _M("-", "Raw score of the reward model (unbounded), mean over the scored answers of the step."),
+    "reward/model_std": _M("-", "Standard deviation of that score over the scored answers of the step."),
+    "reward/model_largest": _M("-", "Largest absolute value of that score in the step."),
+    "reward/model_agreement": _M("share",
+        "Pairs whose right answer has the higher score of the reward model, of all pairs of a right and a wrong answer "
+        "to one prompt in the step."),
+    "reward/model_agreement_sd": _M("-",
+        "Standard deviation of that share about 1/2 if the reward model knew nothing of right and wrong."),
+    "reward/advantage_order": _M("share",
+        "Pairs of answers to one prompt whose advantages are not in the reverse order of their total rewards, of the "
+        "step's pairs with different ones."),
+    "reward/advantage_centre": _M("-",
+        "Largest absolute mean of the advantages of the answers to one prompt in the step; 0 up to rounding."),
+    "reward/tied_share": _M("share",
+        "Prompts between whose answers there is no advantage to learn from, of the step's prompts with two or more "
+        "scored answers."),
     "reward/length_penalty": _M("-",
         "Soft penalty for length near the limit (DAPO), mean over the answers sampled in the step."),
     "reward/errors": _M("answers", "Answers that could not be scored; they take no part in training."),
+    "reward/scored": _M("answers", "Answers of the step that could be."),
     "reward/accuracy": _M("share", "Sampled (not greedy) answers with the full rule score, of the scored answers."),
     # ---- response
     "response/length_mean": _M("tokens", "Length of an answer, mean over the answers sampled in the step."),
@@ -98,10 +123,21 @@ METRICS: dict[str, MetricInfo] = {
         "Answers that the length limit ended and that therefore train nothing, of all answers sampled in the step."),
     "response/repetition": _M("share",
         "Token 4-grams that occurred before in the same answer, mean over the step's answers."),
+    "response/answer_share": _M("share",
+        "Answers in which something was found where `reward.answer` looks, of all answers sampled in the step."),
+    "response/same_share": _M("share",
+        "Prompts whose answers are all the same, token by token, of the step's prompts with two or more answers."),
+    "data/position": _M("prompts",
+        "Rows that the stream of training prompts had given when those of the step were taken, all passes over the "
+        "data together; also that of a resumed run."),
     # ---- data, with data.overlong=drop
     "data/left_out_train": _M("prompts",
         "Training prompts that were left out as longer than `rollout.max_prompt_tokens`, of the data set or the pool."),
     "data/left_out_eval": _M("prompts", "Evaluation prompts that were left out for that."),
+    # ---- data, always
+    "data/train_prompts": _M("prompts", "Prompts that are trained on."),
+    "data/repeated_share": _M("share", "Evaluation prompts that are also trained on, of the evaluation prompts."),
+    "data/fingerprint": _M("-", "A number that only steps with the very same prompts have in common."),
     # ---- hallucination
     "hallucination/rate": _M("share",
         "Answers with at least one false claim about the picture, of the sampled answers to prompts whose picture has "
@@ -129,6 +165,8 @@ METRICS: dict[str, MetricInfo] = {
     "buffer/mass": _M("-",
         "Sum of the sampling priorities over the buffer: |advantage|^alpha, by group its mean, times recency."),
     "buffer/replayed": _M("samples", "Replayed samples in the batch of the step."),
+    "buffer/fingerprint": _M("-",
+        "A number that only steps with the very same replayed samples have in common; absent without any."),
     "buffer/pairs_share": _M("pairs/prompt", "Preference pairs formed in the step, per fresh prompt of the step."),
     "batch/items": _M("samples", "Samples in the batch: fresh, replayed, and those there only for a preference pair."),
     "batch/lag_mean": _M("versions",
@@ -170,6 +208,9 @@ METRICS: dict[str, MetricInfo] = {
     "eval/rule/<name>": _M("-",
         "Score of the verifier of that name, mean over the scored evaluation prompts that it judged."),
     "eval/format": _M("share", "Greedy answers that keep the form of `reward.answer`, of the scored prompts."),
+    "eval/format_of_right": _M("share", "Greedy answers that keep that form, of the right ones."),
+    "eval/answer_share": _M("share",
+        "Greedy answers in which something was found where `reward.answer` looks, of all of them."),
     "eval/hallucination": _M("share",
         "Greedy answers with at least one false claim about the picture, of the evaluation prompts whose picture has "
         "known facts."),
@@ -182,7 +223,15 @@ METRICS: dict[str, MetricInfo] = {
     "eval/reward_model": _M("-", "Raw score of the reward model, mean over the scored evaluation prompts."),
     "eval/reward_model_median": _M("-", "Raw score of the reward model, median over the scored evaluation prompts."),
     "eval/reward_model_iqr": _M("-", "Raw score of the reward model, interquartile range over those prompts."),
+    "eval/reward_model_std": _M("-", "Raw score of the reward model, standard deviation over those prompts."),
+    "eval/reward_model_largest": _M("-", "Largest absolute raw score of the reward model over those prompts."),
+    "eval/model_agreement": _M("share",
+        "Pairs whose right answer has the higher score of the reward model, of all pairs of a right and a wrong answer "
+        "to any two evaluation prompts."),
+    "eval/model_agreement_sd": _M("-",
+        "Standard deviation of that share about 1/2 if the reward model knew nothing of right and wrong."),
     "eval/errors": _M("answers", "Greedy answers that could not be scored."),
+    "eval/scored": _M("answers", "Greedy answers that could be."),
     "eval/repetition": _M("share", "Token 4-grams that occurred before in the same greedy answer, mean over answers."),
     "eval/gate_rejected": _M("share",
         "Right answers that the reward model scores below the gate, of the right answers with such a score."),

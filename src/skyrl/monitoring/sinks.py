@@ -6,32 +6,29 @@ import json
 import logging
 import netrc
 import os
-import re
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from skyrl.monitoring.board import gauge_name
 from skyrl.monitoring.console import ConsoleSink as ConsoleSink
+from skyrl.monitoring.events import ALARM, OVER
+from skyrl.monitoring.lines import LineFile
 from skyrl.monitoring.metrics import METRICS, MetricInfo, check_names
 from skyrl.monitoring.records import jsonable, read_metrics, write_text_atomically
-from skyrl.records import ConfigError, Metrics
+from skyrl.monitoring.sink import MetricSink as MetricSink
+from skyrl.records import ConfigError, Event, Metrics
+from skyrl.redaction import redacted
 from skyrl.settings import WandbMode
 
 logger = logging.getLogger(__name__)
 
 
-class MetricSink(Protocol):
-    """Where numbers go."""
-
-    def log(self, step: int, metrics: Metrics) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Sinks:
+class Sinks(MetricSink):
     """Passes every call on to several sinks, after checking that each metric is defined in ``table``
     (:func:`skyrl.monitoring.metrics.metric_table` of the run)."""
 
@@ -48,6 +45,16 @@ class Sinks:
         for sink in self._sinks:
             sink.log(step, metrics)
 
+    def event(self, event: Event) -> None:
+        """Pass it on to every sink."""
+        for sink in self._sinks:
+            sink.event(event)
+
+    def rewind(self, step: int) -> None:
+        """Let every sink go back to ``step``."""
+        for sink in self._sinks:
+            sink.rewind(step)
+
     def close(self) -> None:
         """Close every sink, the later ones also when an earlier one fails."""
         with ExitStack() as stack:
@@ -55,26 +62,34 @@ class Sinks:
                 stack.callback(sink.close)
 
 
-class JsonlSink:
-    """Appends one JSON object per call to a file, and flushes it, so that a killed run loses nothing. Infinity and NaN,
-    which JSON has not, become ``null``."""
+class JsonlSink(MetricSink):
+    """Appends one JSON object per call to a :class:`LineFile`: neither a killed run nor one on a full disk loses any.
+    Infinity and NaN, which JSON has not, become ``null``."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         """Start an empty file. A run that goes on from the checkpoint of step ``resume_step`` keeps what is there, but
         for the later steps, which will be done again."""
-        kept: list[dict[str, Any]] = []
-        if resume_step is not None and path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
-        write_text_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._open(-1 if resume_step is None else resume_step)
+
+    def _open(self, last_step: int) -> None:
+        """Begin with what is there of the steps up to ``last_step``."""
+        kept = read_metrics(self._path) if last_step >= 0 and self._path.exists() else []
+        lines = (json.dumps(record) + "\n" for record in kept if record["step"] <= last_step)
+        write_text_atomically(self._path, "".join(lines))
+        self._file = LineFile(self._path)
+
+    def rewind(self, step: int) -> None:
+        """Let go of the later steps."""
+        self._file.close()
+        self._open(step)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one line."""
-        self._file.write(json.dumps({"step": step, **jsonable(metrics)}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps({"step": step, **jsonable(metrics)}, allow_nan=False))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; SkyrlError if it lacks lines."""
         self._file.close()
 
 
@@ -99,7 +114,7 @@ def _key_in_netrc() -> bool:
         return False
 
 
-class WandbSink:
+class WandbSink(MetricSink):
     """Logs to Weights & Biases, online or into the run folder (send it later with ``wandb sync``).
 
     Logging must never stop a run: if no online run can be started it becomes an offline one, and if that fails too the
@@ -125,7 +140,8 @@ class WandbSink:
         # wandb reports its own crashes home; a training run has no business with that. Read at import.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         run_dir.mkdir(parents=True, exist_ok=True)
-        arguments = {"dir": str(run_dir), "project": project, "name": name, "config": jsonable(config or {})}
+        told = redacted({"project": project, "name": name, "config": jsonable(config or {})})
+        arguments = {"dir": str(run_dir), **told}
         self._run = _wandb_run("online", arguments, timeout) if mode is WandbMode.online else None
         if self._run is None:
             self._run = _wandb_run("offline", arguments, timeout)
@@ -150,7 +166,8 @@ def _wandb_run(mode: Literal["online", "offline"], arguments: Mapping[str, Any],
     import wandb.errors
 
     limits = {f"{what}_timeout": timeout for what in ("init", "login", "finish")}
-    own_files = {"save_code": False, "disable_code": True, "disable_git": True}
+    # Its metadata would hold the command line.
+    own_files = {"save_code": False, "disable_code": True, "disable_git": True, "x_disable_meta": True}
     settings = wandb.Settings(silent=True, console="off", **own_files, **limits)
     try:
         run = wandb.init(mode=mode, settings=settings, **arguments)
@@ -174,7 +191,7 @@ def check_tensorboard(wanted: bool) -> None:
         )
 
 
-class TensorboardSink:
+class TensorboardSink(MetricSink):
     """Event files in the run's folder, one value of a metric a step: ``tensorboard --logdir RUN/tensorboard``."""
 
     def __init__(
@@ -188,48 +205,82 @@ class TensorboardSink:
             history: Records of :func:`read_metrics`; the one of ``resume_step`` is written once more, with what the
                 resumed run measures of that step anew in the place of the old.
         """
-        from tensorboardX import SummaryWriter
-
-        purge = {} if resume_step is None else {"purge_step": resume_step}
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), **purge)
+        self._folder = run_dir / "tensorboard"
+        self._open(resume_step)
         again = [record for record in history if record["step"] == resume_step]
         self._held: Metrics = {k: v for record in again for k, v in record.items() if k != "step" and v is not None}
         self._held_step = resume_step
+
+    def _open(self, purge_step: int | None) -> None:
+        from tensorboardX import SummaryWriter
+
+        others = set(threading.enumerate())
+        purge = {} if purge_step is None else {"purge_step": purge_step}
+        # A queue without end: one that is full would block this process for good when the writer's thread has died.
+        self._writer: Any = SummaryWriter(str(self._folder), max_queue=0, **purge)
+        self._threads = set(threading.enumerate()) - others
+
+    def rewind(self, step: int) -> None:
+        """Start another file, which purges the later steps from those before."""
+        self.close()
+        self._open(step + 1)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Hand the numbers to the writer's own thread."""
         if step != self._held_step:
             self._write_held()
-        for name, value in metrics.items():
+        for name in metrics:
             self._held.pop(name, None)
-            self._writer.add_scalar(name, value, step)
+        self._write(step, metrics)
 
     def close(self) -> None:
         """Write what is left."""
         self._write_held()
-        self._writer.close()
+        if self._writes():
+            self._writer.close()
+        self._writer = None
 
     def _write_held(self) -> None:
-        for name, value in self._held.items():
-            self._writer.add_scalar(name, value, self._held_step)
+        self._write(self._held_step, self._held)
         self._held = {}
 
+    def _write(self, step: int | None, metrics: Metrics) -> None:
+        for name, value in metrics.items() if self._writes() else ():
+            self._writer.add_scalar(name, value, step)
 
-class RayGaugeSink:
+    def _writes(self) -> bool:
+        """False, and a warning at first, when the writer's thread has died: it does so on a full disk."""
+        if self._writer is not None and not all(thread.is_alive() for thread in self._threads):
+            logger.warning("nothing more is written to %s: its disk is full; metrics.jsonl has all", self._folder)
+            # Else the end of this process would wait until somebody has read what is queued.
+            self._writer.file_writer.event_writer._event_queue.cancel_join_thread()
+            self._writer = None
+        return self._writer is not None
+
+
+class RayGaugeSink(MetricSink):
     """Metrics as Ray gauges, for the Ray dashboard and any Prometheus that scrapes the cluster: ``reward/rule`` becomes
     ``skyrl_reward_rule``, tagged with the run."""
 
     def __init__(self, run: str) -> None:
         self.tags = {"run": run}
         self._gauges: dict[str, Any] = {}
+        self._alarms: set[str] = set()
+
+    def event(self, event: Event) -> None:
+        """``skyrl_alarms`` is how many are on."""
+        if event.kind in (ALARM, OVER):
+            (self._alarms.add if event.kind == ALARM else self._alarms.discard)(event.member)
+            self._set({"alarms": float(len(self._alarms))})
 
     def log(self, step: int, metrics: Metrics) -> None:
+        """Set a gauge for each."""
+        self._set({"step": float(step), "alarms": float(len(self._alarms))} | metrics)
+
+    def _set(self, values: Metrics) -> None:
         from ray.util.metrics import Gauge
 
-        for name, value in ({"step": float(step)} | metrics).items():
+        for name, value in values.items():
             if name not in self._gauges:
-                self._gauges[name] = Gauge("skyrl_" + re.sub(r"\W", "_", name), tag_keys=("run",))
+                self._gauges[name] = Gauge(gauge_name(name), tag_keys=("run",))
             self._gauges[name].set(value, tags=self.tags)
-
-    def close(self) -> None:
-        """Gauges end with the process."""

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from skyrl.monitoring.alarms.watch import Raised
 from skyrl.monitoring.console import duration, number, percent
 from skyrl.monitoring.records import jsonable, write_json
 
@@ -27,7 +28,12 @@ _KIND = "eval/accuracy/"
 
 
 def write_summary(
-    path: Path, history: Sequence[Mapping[str, Any]], *, config: Any, seconds_training: float | None = None
+    path: Path,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    config: Any,
+    seconds_training: float | None = None,
+    alarms: Sequence[Raised] = (),
 ) -> dict[str, Any]:
     """Write ``summary.json`` atomically and return its content.
 
@@ -35,6 +41,7 @@ def write_summary(
         history: the records of :func:`skyrl.monitoring.records.read_metrics`; they go back to before a resumption.
         config: all settings, or a mapping.
         seconds_training: wall time of the training steps; ``None`` sums ``time/step``.
+        alarms: those that the run raised.
     """
 
     def measured(name: str) -> list[float]:
@@ -52,6 +59,17 @@ def write_summary(
         "effective_share": mean("buffer/effective_share"),
         "effective_share_fresh": mean("buffer/effective_share_fresh"),
         "sync_logprob_gap_max": max(measured("sync/logprob_gap"), default=None),
+        "alarms": [
+            {
+                "name": raised.alarm,
+                "first_step": raised.first,
+                "last_step": raised.last,
+                "steps": raised.steps,
+                "on": raised.on,
+                "message": raised.text,
+            }
+            for raised in alarms
+        ],
         "versions": {found.name: found.version for found in distributions() if found.name in _DISTRIBUTIONS},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -112,6 +130,9 @@ def print_summary(summary: Mapping[str, Any], report: Path | None = None, consol
     for kind, before, after in kinds(summary):
         table.add_row(Text(f"accuracy, {kind}"), f"{percent(before)} → {percent(after)}")
     console.print(table)
+    for alarm in summary.get("alarms") or ():
+        span = f"steps {alarm['first_step']} … {alarm['last_step']}, seen at {alarm['steps']}"
+        console.print(Text(f"ALARM {alarm['name']} ({span}): {alarm['message']}", "bold red"), soft_wrap=True)
     if report is not None:
         # A path that is wrapped can't be copied.
         console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from skyrl.records import Metrics, SampleGroup, SkyrlError, flatten
+from skyrl.records import Metrics, Sample, SampleGroup, SkyrlError, flatten
 from skyrl.rewards.hybrid import length_penalty
-from skyrl.settings import Config, Truncated
+from skyrl.settings import Config, GrpoFilter, Truncated
 
 SHORT = 100
 """n-grams up to which a set of tuples is faster."""
@@ -23,25 +24,33 @@ def answer_metrics(groups: list[SampleGroup]) -> Metrics:
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     names = sorted({name for reward in rewards for name in reward.rules})
     parts = {f"reward/rule/{name}": [r.rules[name] for r in rewards if name in r.rules] for name in names}
-    return {"reward/errors": float(sum(sample.error is not None for sample in samples))} | means(
+    metrics = {"reward/errors": float(sum(sample.error is not None for sample in samples))}
+    metrics |= {"reward/scored": float(len(rewards))}
+    if rewards:
+        metrics["reward/rule_std"] = float(np.std([reward.rule for reward in rewards]))
+    if scores := [reward.model for reward in rewards if reward.model is not None]:
+        metrics |= {"reward/model_std": float(np.std(scores)), "reward/model_largest": float(np.abs(scores).max())}
+    return metrics | means(
         {
             "reward/total": [reward.total for reward in rewards],
             "reward/rule": [reward.rule for reward in rewards],
             **parts,
             "reward/format": [reward.format for reward in rewards],
-            "reward/model": [reward.model for reward in rewards if reward.model is not None],
+            "reward/format_of_right": [reward.format for reward in rewards if reward.right],
+            "reward/model": scores,
             "reward/accuracy": [reward.right for reward in rewards],
             "response/length_mean": [len(sample.token_ids) for sample in samples],
             "response/truncated_share": [sample.truncated for sample in samples],
             "response/repetition": [repeated_share(sample.token_ids) for sample in samples],
+            "response/answer_share": [bool(sample.answer) for sample in samples],
         }
     )
 
 
 def reward_metrics(groups: list[SampleGroup], cfg: Config) -> Metrics:
-    """What is logged of the scored groups of a training step: :func:`answer_metrics`; ``hallucination/…`` of
-    :func:`claim_metrics`; and, over all samples, what ``reward.truncated`` makes of them: the mean
-    ``reward/length_penalty``, or ``response/left_out_share``."""
+    """What is logged of the scored groups of a training step: :func:`answer_metrics` and :func:`group_metrics`;
+    ``hallucination/…`` of :func:`claim_metrics`; and, over all samples, what ``reward.truncated`` makes of them: the
+    mean ``reward/length_penalty``, or ``response/left_out_share``."""
     samples, lengths = flatten(groups), {}
     if cfg.reward.truncated is Truncated.soft_penalty:
         tokens = np.array([len(sample.token_ids) for sample in samples])
@@ -49,7 +58,56 @@ def reward_metrics(groups: list[SampleGroup], cfg: Config) -> Metrics:
         lengths = {"reward/length_penalty": penalties.tolist()}
     elif cfg.reward.truncated is Truncated.leave_out:
         lengths = {"response/left_out_share": [sample.truncated and not sample.mask.any() for sample in samples]}
-    return answer_metrics(groups) | claim_metrics(groups, "hallucination/rate", "hallucination/") | means(lengths)
+    claims = claim_metrics(groups, "hallucination/rate", "hallucination/")
+    return answer_metrics(groups) | group_metrics(groups, cfg) | claims | means(lengths)
+
+
+def group_metrics(groups: list[SampleGroup], cfg: Config) -> Metrics:
+    """What only the answers to one prompt together say: whether they differ, in tokens and in what GRPO learns from,
+    and whether the reward model agrees with the rule on them. And which prompts these are."""
+    compared = [group for group in groups if len(group.samples) > 1]
+    learned = "advantage" if cfg.algorithm.grpo.filter is GrpoFilter.all else "rule_advantage"
+    scored = [[sample for sample in group.samples if sample.error is None] for group in compared]
+    shares = {
+        "response/same_share": [len({s.token_ids.tobytes() for s in group.samples}) == 1 for group in compared],
+        "reward/tied_share": [not any(getattr(s, learned) for s in some) for some in scored if len(some) > 1],
+    }
+    metrics = means(shares) | model_agreement(scored, "reward/model_agreement") | _advantage_metrics(scored)
+    return metrics | ({"data/fingerprint": fingerprint(group.prompt.id for group in groups)} if groups else {})
+
+
+def _advantage_metrics(sets: Iterable[Sequence[Sample]]) -> Metrics:
+    """Whether the advantages are those of the answers that have them, and of their groups."""
+    ordered, centres = list[bool](), list[float]()
+    for some in sets:
+        totals = np.array([sample.reward.total for sample in some if sample.reward is not None])
+        advantages = np.array([sample.advantage for sample in some if sample.reward is not None])
+        if len(totals) > 1:
+            steps = np.sign(np.subtract.outer(totals, totals))
+            ordered += (steps * np.sign(np.subtract.outer(advantages, advantages)) >= 0)[steps > 0].tolist()
+            centres.append(abs(float(advantages.mean())))
+    centre = {"reward/advantage_centre": max(centres)} if centres else {}
+    return means({"reward/advantage_order": ordered}) | centre
+
+
+def model_agreement(sets: Iterable[Sequence[Sample]], name: str) -> Metrics:
+    """Under ``name``, of the pairs of a right and a wrong answer within one set, the share whose right one has the
+    higher r_θ (a tie is half of one); under ``<name>_sd`` the standard deviation that this share would have about 1/2
+    if r_θ knew nothing of right and wrong (Mann-Whitney). Nothing without such a pair."""
+    higher = pairs = variance = 0.0
+    for some in sets:
+        known = [sample.reward for sample in some if sample.reward is not None and sample.reward.model is not None]
+        right, wrong = (np.array([r.model for r in known if r.right is side], dtype=float) for side in (True, False))
+        difference = right[:, None] - wrong
+        higher += float((difference > 0).sum() + (difference == 0).sum() / 2)
+        pairs += difference.size
+        variance += difference.size * (len(known) + 1) / 12
+    return {name: higher / pairs, f"{name}_sd": variance**0.5 / pairs} if pairs else {}
+
+
+def fingerprint(names: Iterable[str]) -> float:
+    """A whole number below 2^32 that is the same for the same names, in whatever order."""
+    return float(zlib.crc32("\0".join(sorted(names)).encode()))
 
 
 def claim_metrics(groups: list[SampleGroup], rate: str, prefix: str) -> Metrics:

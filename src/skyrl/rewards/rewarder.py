@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from skyrl.records import DataError, RewardParts, Sample, SampleGroup, SkyrlError
+from skyrl.redaction import redact
 from skyrl.rewards.answers import AnswerForm
 from skyrl.rewards.claims import CHECKERS, check_claims
 from skyrl.rewards.hybrid import group_advantages, hybrid_reward, length_penalty
@@ -108,7 +109,7 @@ class Rewarder:
             if problem is None and model is not None and not math.isfinite(model[place]):
                 problem = f"the reward model gave {model[place]}"
             if sample.error is None and problem is not None:
-                sample.error = f"prompt {prompt.id!r}, sample {sample.index}: {problem}"
+                sample.error = redact(f"prompt {prompt.id!r}, sample {sample.index}: {problem}")
             claims = check_claims(sample.text, prompt.facts) if group.checkable else []
             sample.claims, sample.false_claims = len(claims), sum(not claim.true for claim in claims)
             if sample.truncated and self.cfg.reward.truncated is Truncated.leave_out:

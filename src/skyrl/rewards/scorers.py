@@ -95,14 +95,12 @@ def score_metrics(groups: list[SampleGroup]) -> Metrics:
 
 
 def score_remark(groups: list[SampleGroup], cfg: RewardConfig) -> str | None:
-    """What is wrong with the reward model's scores of evaluated groups, if it can be seen from them: that they are all
-    equal, or that squashing makes them so."""
+    """That squashing makes the reward model's scores of evaluated groups all but equal, if it does. What else can be
+    wrong with them are alarms (:mod:`skyrl.monitoring.alarms`)."""
     scores = _scores(groups)
-    if len(scores) < 2 or len({sample.text for sample in flatten(groups)}) < 2:
+    if len(scores) < 2 or np.ptp(scores) <= float32_noise(scores):
         return None
     span = f"{scores.min():.6g} … {scores.max():.6g}"
-    if np.ptp(scores) <= float32_noise(scores):
-        return f"the reward model gave all {len(scores)} answers of the first evaluation one score, {scores[0]:.6g}"
     if cfg.squash in (Squash.sigmoid, Squash.tanh) and cfg.squash_scale is not None:
         squashed = squash(scores, cfg.squash, cfg.squash_scale)
         if np.ptp(squashed) < 1e-3 or np.mean(np.abs(scores / cfg.squash_scale) > FAR) > 0.9:
@@ -111,11 +109,6 @@ def score_remark(groups: list[SampleGroup], cfg: RewardConfig) -> str | None:
                 f"with reward.squash_scale={cfg.squash_scale:g}, or lie at its ends; set reward.squash_scale=null to "
                 "have it fitted, or give it their size"
             )
-    elif cfg.squash is Squash.none and np.abs(scores).max() > 1e4:
-        return (
-            f"the reward model's raw scores of the first evaluation ({span}) outweigh the verifier's, which are at most"
-            " 1: reward.squash=none adds them as they are"
-        )
     return None
 
 

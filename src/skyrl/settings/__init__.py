@@ -6,6 +6,7 @@ the defaults, into one :class:`Config`.
 
 # ruff: noqa: F403 -- each class is listed once, in its module
 from skyrl.digits.settings import *
+from skyrl.settings.alarms import *
 from skyrl.settings.algorithm import *
 from skyrl.settings.buffer import *
 from skyrl.settings.evaluate import *

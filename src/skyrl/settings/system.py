@@ -255,11 +255,12 @@ class LearnerConfig(WorkerConfig):
     """Compute activations again in the backward pass: less memory, more time."""
 
 
-def system_problems(cfg: Config, with_learner: bool) -> Iterator[Problem]:
+def system_problems(cfg: Config, with_learner: bool, with_files: bool = True) -> Iterator[Problem]:
     """What does not fit together here, and which files are missing."""
     rollout = cfg.rollout
-    yield from _folders(cfg)
-    yield from _files(cfg)
+    if with_files:
+        yield from _folders(cfg)
+        yield from _files(cfg)
     if rollout.prompts_per_step % rollout.num_workers:
         yield "rollout.prompts_per_step rollout.num_workers", "every worker must get the same number of prompts"
     yield from _devices(cfg, with_learner)

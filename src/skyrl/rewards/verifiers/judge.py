@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skyrl.records import ConfigError, SkyrlError
+from skyrl.redaction import hide_variables
 from skyrl.rewards.endpoint import EndpointError, UnusableReply, post_json
 from skyrl.settings.judge import FIELDS, JudgeConfig
 
@@ -61,6 +62,7 @@ class EndpointJudge:
             if not (key := os.environ.get(cfg.api_key_env)):
                 raise ConfigError(f"reward.judge.api_key_env={cfg.api_key_env}: that environment variable is not set")
             self._headers["Authorization"] = f"Bearer {key}"
+            hide_variables([cfg.api_key_env])
         self._lock, self._failures = threading.Lock(), 0
         path = ":memory:" if folder is None else str(folder / CACHE_FILE)
         self._file = sqlite3.connect(path, timeout=60.0, isolation_level=None, check_same_thread=False)
