@@ -23,3 +23,17 @@ find_ray() {
 check_port() {
   [[ "$1" =~ ^[0-9]{1,5}$ ]] && [ "$1" -ge 1 ] && [ "$1" -le 65535 ] || fail "port is '$1'; allowed: 1 to 65535"
 }
+
+# Every process of the cluster shows the token to every other. Without this mode Ray lets in whoever comes.
+use_token() {
+  [ "${RAY_AUTH_MODE:-token}" = token ] ||
+    fail "RAY_AUTH_MODE is '$RAY_AUTH_MODE'; clusters of these scripts have a token: unset it"
+  export RAY_AUTH_MODE=token
+  TOKEN_FILE=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
+}
+
+# need_token: after use_token, where a token must have come from the head.
+need_token() {
+  [ -n "${RAY_AUTH_TOKEN:-}" ] || [ -s "$TOKEN_FILE" ] ||
+    fail "the cluster's token is missing: copy ~/.ray/auth_token of the head's user to $TOKEN_FILE (cluster/README.md)"
+}

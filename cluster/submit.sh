@@ -12,6 +12,8 @@ usage: cluster/submit.sh [--no-wait] [key=value …]
 
 Environment:
   RAY_API_SERVER_ADDRESS  where jobs are submitted (default http://127.0.0.1:8265, the head's dashboard)
+
+The head's token must be here: in ~/.ray/auth_token, or in RAY_AUTH_TOKEN (cluster/README.md).
 TEXT
 }
 
@@ -25,6 +27,8 @@ for argument in "$@"; do
 done
 
 find_ray
+use_token
+need_token
 export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
 [[ "$RAY_API_SERVER_ADDRESS" =~ ^https?:// ]] ||
   fail "RAY_API_SERVER_ADDRESS is '$RAY_API_SERVER_ADDRESS'; allowed: an http:// or https:// address"
