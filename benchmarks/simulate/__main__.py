@@ -7,7 +7,7 @@ python -m benchmarks.simulate control       what the control plane takes; --ray 
 python -m benchmarks.simulate measured      a short real run against its prediction
 python -m benchmarks.simulate plot          docs/results/simulation.png from docs/results/simulation.json
 
-Lengths and costs are names of files in ``benchmarks/simulate/lengths`` and ``costs``, or paths of your own.
+Lengths and costs are names of files in ``skyrl/simulate/lengths`` and ``costs``, or paths of your own.
 ``--save`` writes the result into ``docs/results/simulation.json``.
 """
 
@@ -21,11 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulate.cost import read_costs
-from benchmarks.simulate.lengths import read_lengths
 from benchmarks.simulate.split import Job, Split, splits
-from benchmarks.simulate.world import Plan, simulate
 from skyrl.records import SkyrlError
+from skyrl.simulate.cost import read_costs
+from skyrl.simulate.lengths import read_lengths
+from skyrl.simulate.world import Plan, simulate
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "simulation.json"
 CHECKED = 4

@@ -17,19 +17,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.simulate.cost import CostModel, EngineCost, LearnerCost
-from benchmarks.simulate.executor import Took
-from benchmarks.simulate.lengths import Lengths
-from benchmarks.simulate.members import TimedLearner, TimedRewarder, TimedSampler, World
-from benchmarks.simulate.world import Plan, settings, simulate
 from skyrl.crew.crew import MemberSpec, call_name
 from skyrl.crew.ray_executor import RayExecutor
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
 from skyrl.loop import Loop
-from skyrl.records import Metrics
+from skyrl.monitoring.sink import MetricSink
+from skyrl.records import MemberLost, Metrics
 from skyrl.rewards.rewarder import Rewarder
 from skyrl.rollout.sampler import Sampler
+from skyrl.simulate.cost import CostModel, EngineCost, LearnerCost
+from skyrl.simulate.executor import Took
+from skyrl.simulate.lengths import Lengths
+from skyrl.simulate.members import TimedLearner, TimedRewarder, TimedSampler, World
+from skyrl.simulate.world import Plan, settings, simulate
 from skyrl.system import start_system
 
 NO_TIME = CostModel(
@@ -77,18 +78,19 @@ class PooledRay(RayExecutor):
         self._pool: dict[str, Any] = {}
         self.calls = 0
 
-    def start(self, spec: MemberSpec[Any]) -> Any:
+    def start(self, spec: MemberSpec[Any], lost: Callable[[Any, MemberLost], Any]) -> Any:
         name, _, number = spec.name.rpartition("-")
         roles: dict[Any, tuple[Any, tuple[Any, ...]]] = {
             Sampler: (TimedSampler, (self.world,)), LearnerStep: (TimedLearner, (self.world,)),
             Rewarder: (TimedRewarder, (self.world, 0)),
         }  # fmt: skip
         if spec.role not in roles:
-            return super().start(replace(spec, cpus=0.0, strategy="DEFAULT"))
+            return super().start(replace(spec, cpus=0.0, strategy="DEFAULT"), lost)
         own = f"{name}-{int(number) % self.actors}"
         if own not in self._pool:
             role, args = roles[spec.role]
-            self._pool[own] = super().start(replace(spec, name=own, role=role, args=args, cpus=0.0, strategy="DEFAULT"))
+            own_spec = replace(spec, name=own, role=role, args=args, cpus=0.0, strategy="DEFAULT")
+            self._pool[own] = super().start(own_spec, lost)
         return self._pool[own]
 
     def call(self, member: Any, function: Callable[..., Any], pieces: int, args: Any, kwargs: Any) -> Any:
@@ -97,7 +99,7 @@ class PooledRay(RayExecutor):
         return super().call(member, ByName(function) if stands_in else function, pieces, args, kwargs)
 
 
-class _Marks:
+class _Marks(MetricSink):
     def __init__(self, executor: PooledRay) -> None:
         self.executor = executor
         self.marks: list[tuple[float, float, int]] = []
@@ -106,9 +108,6 @@ class _Marks:
     def log(self, step: int, metrics: Metrics) -> None:
         self.marks.append((time.perf_counter(), time.process_time(), self.executor.calls))
         self.laps.append(metrics)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def with_ray(workers: int, lengths: Lengths, actors: int, steps: int = 16) -> dict[str, float]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulate.cost import CostModel, EngineCost, LearnerCost
-from benchmarks.simulate.lengths import Lengths, measured
-from benchmarks.simulate.world import Plan, simulate
+from skyrl.monitoring.sink import MetricSink
 from skyrl.records import Metrics
+from skyrl.simulate.cost import CostModel, EngineCost, LearnerCost
+from skyrl.simulate.lengths import Lengths, measured
+from skyrl.simulate.world import Plan, simulate
 
 RUNS = {"small": (8, 0), "base": (32, 0), "lag 1": (32, 1), "large": (64, 0)}
 """Prompts of a step, and lag."""
@@ -81,16 +82,13 @@ def measure() -> dict[str, Any]:
     return {"runs": runs, "tokens": tokens, "prompt_tokens": prompt}
 
 
-class _Sink:
+class _Sink(MetricSink):
     def __init__(self, records: list[Metrics]) -> None:
         self.records = records
 
     def log(self, step: int, metrics: Metrics) -> None:
         if "time/step" in metrics and WARM_UP < step < STEPS:
             self.records.append(metrics)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _medians(records: list[Metrics]) -> dict[str, float]:

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from benchmarks.simulate.cost import CostModel, EngineCost, LearnerCost
-from benchmarks.simulate.lengths import Lengths, read_lengths
 from benchmarks.simulate.split import Job, expected
-from benchmarks.simulate.world import Plan, Result, simulate
+from skyrl.simulate.cost import CostModel, EngineCost, LearnerCost
+from skyrl.simulate.lengths import Lengths, read_lengths
+from skyrl.simulate.world import Plan, Result, simulate
 
 STEPS = 12
 

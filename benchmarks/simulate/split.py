@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.simulate.cost import CostModel, EngineCost, learner_seconds, rollout_seconds
-from benchmarks.simulate.lengths import Lengths
 from skyrl.records import ConfigError
+from skyrl.simulate.cost import CostModel, EngineCost, learner_seconds, rollout_seconds
+from skyrl.simulate.lengths import Lengths
 
 
 @dataclass(slots=True, frozen=True)

@@ -14,8 +14,10 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 import hydra
@@ -27,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from skyrl.records import ConfigError, SkyrlError
+from skyrl.redaction import RedactingFormatter, redact
 from skyrl.schema import unknown_key
 from skyrl.settings import Config, all_settings, checked
 
@@ -49,7 +52,10 @@ def run_command(work: Callable[[], object], interrupted: str) -> None:
     Args:
         interrupted: what to print after an interruption.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    sys.excepthook = _print_traceback
     # transformers warns of the *default* configuration of an architecture each time that it shows one.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -69,8 +75,12 @@ def run_command(work: Callable[[], object], interrupted: str) -> None:
 
 
 def _end(code: int, text: str) -> NoReturn:
-    print(text, file=sys.stderr)
+    print(redact(text), file=sys.stderr)
     sys.exit(code)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,13 +88,16 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; allowed are key=value, group=option, --cfg job, --config-dir DIR and --help")
 
 
-def read_settings(arguments: Sequence[str], help_text: str, with_learner: bool = True) -> Config | None:
+def read_settings(
+    arguments: Sequence[str], help_text: str, with_learner: bool = True, with_files: bool = True
+) -> Config | None:
     """The checked configuration of a command line; None if it only asked to print something, which is done.
 
     Args:
         arguments: ``key=value``, ``group=option`` and the options in :data:`OPTIONS`.
         help_text: printed by ``--help``, before the options.
         with_learner: False if the command starts no learner.
+        with_files: False if models and data need not be there.
 
     Raises:
         ConfigError: naming everything that is wrong, one problem a line.
@@ -105,10 +118,12 @@ def read_settings(arguments: Sequence[str], help_text: str, with_learner: bool =
     if given.cfg is not None:
         print(OmegaConf.to_yaml(_compose(given.overrides, given.config_dir)), end="")
         return None
-    return compose_config(given.overrides, given.config_dir, with_learner)
+    return compose_config(given.overrides, given.config_dir, with_learner, with_files)
 
 
-def compose_config(overrides: Sequence[str], config_dir: Path | None = None, with_learner: bool = True) -> Config:
+def compose_config(
+    overrides: Sequence[str], config_dir: Path | None = None, with_learner: bool = True, with_files: bool = True
+) -> Config:
     """The checked configuration for these Hydra overrides; for the rest see :func:`read_settings`."""
     tree = _compose(overrides, config_dir)
     try:
@@ -116,7 +131,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None, wit
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(data, dict)
-    config = checked({str(key): value for key, value in data.items()}, with_learner)
+    config = checked({str(key): value for key, value in data.items()}, with_learner, with_files)
     if not config.run_dir:
         raise ConfigError("run_dir=: must be a folder")
     return config

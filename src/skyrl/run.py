@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
+from uuid import uuid4
 
 from rich.console import Console
 
-from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, held, new_folder, read_state
+from skyrl.checkpoint import SETTINGS, check_settings, find_checkpoint, held, new_folder, put_aside, read_state
 from skyrl.checks.all import cheap_checks
 from skyrl.checks.data import repeated
 from skyrl.checks.policy import readable
+from skyrl.checks.prompts import first_prompts
+from skyrl.checks.subject import Subject
 from skyrl.crew.crew import Executor
+from skyrl.crew.door import opened
 from skyrl.crew.ray_executor import ray_session
 from skyrl.data.datasets import check_size
 from skyrl.data.stream import prompt_stream
 from skyrl.learner import files
 from skyrl.loop import Loop
+from skyrl.monitoring.events import EVENTS, AlarmSink, EventSink, alarms_of, read_events
 from skyrl.monitoring.metrics import metric_table
 from skyrl.monitoring.model_card import write_model_card
 from skyrl.monitoring.records import jsonable, read_json, read_metrics, write_json
@@ -35,7 +43,10 @@ from skyrl.monitoring.sinks import (
     wandb_mode,
 )
 from skyrl.monitoring.summary import print_summary, write_summary
+from skyrl.monitoring.timeline import FOLDER, Timeline
 from skyrl.policy.hub import model_folder
+from skyrl.records import Metrics
+from skyrl.redaction import hide_variables, redact, redacted
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, Overlong, WandbMode
 from skyrl.settings.reward_model import is_endpoint
@@ -58,12 +69,17 @@ def run(cfg: Config, executor: Executor | None = None) -> dict[str, Any]:
         SkyrlError: whatever went wrong in a member, with its own message.
     """
     console, cfg = Console(), with_absolute_paths(cfg)
+    hide_variables(filter(None, [cfg.reward.judge.api_key_env]))
     metric_table(cfg)  # a wrong term of one's own is refused before anything starts
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir), cfg.name)
     if checkpoint is None:
+        run_dir = Path(cfg.run_dir).resolve()
         if cfg.resume == "auto":
+            aside = put_aside(run_dir, cfg.name)
             console.print("resume=auto: no complete checkpoint yet, a fresh run starts")
-        run_dir = new_folder(Path(cfg.run_dir).resolve())
+            if aside is not None:
+                console.print(f"what the run before it left is in {aside} now")
+        run_dir = new_folder(run_dir)
     else:  # a resumed run goes on in its old folder, if it can: seen before anything starts
         run_dir = checkpoint.parents[1]
         read_state(checkpoint)
@@ -75,12 +91,12 @@ def run(cfg: Config, executor: Executor | None = None) -> dict[str, Any]:
         else:
             console.print(f"resuming from {checkpoint}")
             settings = run_dir / SETTINGS
-            for change in check_settings(read_json(settings), jsonable(cfg)) if settings.is_file() else ():
+            for change in check_settings(read_json(settings), redacted(jsonable(cfg))) if settings.is_file() else ():
                 console.print(f"changed since: {change}")
         seconds = _train(cfg, run_dir, checkpoint, executor, console)
-        summary = write_summary(
-            run_dir / "summary.json", read_metrics(run_dir / "metrics.jsonl"), config=cfg, seconds_training=seconds
-        )
+        history = read_metrics(run_dir / "metrics.jsonl")
+        alarms = alarms_of(cfg, history, read_events(run_dir))
+        summary = write_summary(run_dir / "summary.json", history, config=cfg, seconds_training=seconds, alarms=alarms)
         if (policy := run_dir / "policy").is_dir():
             write_model_card(policy, run_dir, cfg, summary)
         print_summary(summary, write_report(run_dir), console)
@@ -95,19 +111,21 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
     policy, reward = model_folders(cfg)
     checked = cheap_checks(cfg, policy)
     for note in repeated(checked):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(redact(note), markup=False, highlight=False, soft_wrap=True)
     if cfg.model.policy not in BUILT:
         readable(checked)
     with ExitStack() as stack:
         if executor is None:
-            dashboard = stack.enter_context(ray_session(cfg, namespace=f"skyrl-{cfg.name}-{run_dir.name}"))
+            own = f"skyrl-{cfg.name}-{run_dir.name}-{uuid4().hex[:6]}"  # runs of the same second have one folder name
+            dashboard = stack.enter_context(ray_session(cfg, namespace=own))
             if dashboard:
-                console.print(f"Ray dashboard: http://{dashboard}")
+                console.print(f"Ray dashboard: {opened(dashboard)}", soft_wrap=True)
         counts = (cfg.rollout.num_workers, cfg.reward.num_workers, cfg.learner.num_workers)
         console.print("starting {} rollout, {} reward and {} learner members, 1 sample buffer".format(*counts))
         system = stack.enter_context(start_system(cfg, policy, reward, executor))
         given = _sizes(system, rows)
         rows = fitting(cfg, system, rows, console)
+        system.rollouts.one(first_prompts)
         sizes = _sizes(system, rows)
         check_size(sizes["train"], cfg)
         step = cfg.rollout.in_flight * cfg.rollout.num_workers
@@ -116,11 +134,45 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
         if checkpoint is not None:  # nothing of the old run is overwritten before its state was accepted
             loop.restore(checkpoint)
             write_json(run_dir / SETTINGS, cfg)
+        loop.timeline = Timeline(run_dir / FOLDER)
         with closing(_sinks(cfg, run_dir, checkpoint, console)) as loop.sink:
             if cfg.data.overlong is Overlong.drop:
                 loop.sink.log(loop.step, {f"data/left_out_{s}": float(given[s] - size) for s, size in sizes.items()})
-            loop.run()
+            loop.sink.log(loop.step, _data_metrics(checked, sizes))
+            with stops_on_signals(loop):
+                loop.run()
+            if loop.step < cfg.controller.steps:  # it was stopped, and has saved
+                raise KeyboardInterrupt
     return loop.seconds_training
+
+
+@contextmanager
+def stops_on_signals(loop: Loop) -> Iterator[None]:
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP lets the loop end after its present step, with a checkpoint; the
+    second one raises KeyboardInterrupt at once, as all do outside. Signals that are ignored (``nohup``), or that the
+    caller has a handler of its own for, are left alone."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    taken = [number for number in numbers if signal.getsignal(number) is signal.default_int_handler]
+
+    def interrupt_from_now_on() -> None:
+        for number in taken:
+            signal.signal(number, signal.default_int_handler)
+
+    def ask(*_: Any) -> None:
+        interrupt_from_now_on()
+        loop.stop_after_step = True
+        # Not by print, which may be what was interrupted.
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once\n")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in taken:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            interrupt_from_now_on()
+    else:
+        yield
 
 
 def model_folders(cfg: Config) -> tuple[str, str | None]:
@@ -148,6 +200,14 @@ def pool_rows(cfg: Config) -> Sequence[int] | None:
     return rows
 
 
+def _data_metrics(checked: Subject, sizes: Mapping[str, int]) -> Metrics:
+    """What is known of the prompts before the first step."""
+    metrics = {"data/train_prompts": float(sizes["train"])}
+    if checked.overlap is not None:
+        metrics["data/repeated_share"] = checked.overlap.number / len(checked.datasets["eval"])
+    return metrics
+
+
 def _sizes(system: System, rows: Sequence[int] | None) -> dict[str, int]:
     """Prompts per split, of the training prompts those of ``rows``."""
     return system.sizes() | ({} if rows is None else {"train": len(rows)})
@@ -165,7 +225,7 @@ def fitting(cfg: Config, system: System, rows: Sequence[int] | None, console: Co
     sizes = system.sizes()
     held_out = fitting_rows(cfg, system, "eval", range(sizes["eval"]), console)
     if len(held_out) < sizes["eval"]:
-        system.rollouts.each(Sampler.keep, "eval", held_out)
+        system.rollouts.prepare(Sampler.keep, "eval", held_out)
     if cfg.data.pairs_path is not None:  # their prompts are asked for evaluation only
         return rows
     found = fitting_rows(cfg, system, "train", range(sizes["train"]) if rows is None else rows, console)
@@ -196,4 +256,8 @@ def _sinks(cfg: Config, run_dir: Path, checkpoint: Path | None, console: Console
         sinks.append(TensorboardSink(run_dir, step, read_metrics(run_dir / "metrics.jsonl")))
     if cfg.monitoring.ray_metrics:
         sinks.append(RayGaugeSink(f"{cfg.name}/{run_dir.name}"))
-    return Sinks(sinks, metric_table(cfg))
+    sinks.append(EventSink(run_dir / EVENTS))
+    history = read_metrics(run_dir / "metrics.jsonl") if step is not None else []
+    table = metric_table(cfg)
+    writing = Sinks(sinks, table)
+    return Sinks([writing, AlarmSink(cfg, writing.event, console, history)], table)

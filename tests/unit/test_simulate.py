@@ -12,21 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulate.cost import (
-    CostModel,
-    EngineCost,
-    LearnerCost,
-    decode,
-    learner_seconds,
-    read_costs,
-    rollout_seconds,
-)
-from benchmarks.simulate.executor import Took, VirtualExecutor
-from benchmarks.simulate.lengths import FOLDER, Lengths, measured, read_lengths
 from benchmarks.simulate.split import Job, splits
-from benchmarks.simulate.world import Plan, simulate
 from skyrl.crew.crew import Crew, MemberSpec
 from skyrl.records import ConfigError, SkyrlError
+from skyrl.simulate.cost import CostModel, EngineCost, LearnerCost, decode, learner_seconds, read_costs, rollout_seconds
+from skyrl.simulate.executor import Took, VirtualExecutor
+from skyrl.simulate.lengths import FOLDER, Lengths, measured, read_lengths
+from skyrl.simulate.world import Plan, simulate
 
 EVEN = EngineCost(running=[1, 64], tokens_per_second=[1.0, 64.0], max_running=64)
 """One second a decoding step, however many run."""
@@ -77,7 +69,7 @@ def test_two_workers_and_three_answers_end_when_the_hand_says() -> None:
     assert adder.fetch(total) == [8.0] and executor.now == 6.0
     later = workers.deal(Worker.work, [2.0])[0]  # behind the third answer
     workers.wait(parts)
-    assert executor.now == 9.0 and workers.seconds(Worker.work) == 3.0 and later.ready == 11.0 == executor.now
+    assert executor.now == 9.0 and workers.seconds(Worker.work) == 3.0 and later.ready == 11.0
 
 
 def test_each_call_costs_the_caller_and_a_late_one_is_named() -> None:
@@ -215,7 +207,7 @@ def test_a_group_that_was_left_four_times_is_waited_for() -> None:
 
 def rollouts(plan: Plan, costs: CostModel, tokens: list[list[list[int]]]) -> list[float]:
     """Seconds of the steps' rollouts, with the rows in order, and lengths by step and row."""
-    from benchmarks.simulate import members, world
+    from skyrl.simulate import members, world
 
     kept: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -237,7 +229,7 @@ class InOrder:
         return tuple(row % 4 for row in range(self.at - n, self.at))
 
     def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
+        return {"epoch": 0, "size": 0, "position": self.at}
 
 
 # ---------------------------------------------------------------- the search

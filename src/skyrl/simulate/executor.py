@@ -11,14 +11,14 @@ clock. The loop is given that clock.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import thread_time
 from typing import Any
 
 from skyrl.crew.crew import Member, MemberSpec, call_name, cut
-from skyrl.records import SkyrlError
+from skyrl.records import CallRecord, MemberLost, SkyrlError
 
 
 @dataclass(slots=True)
@@ -79,17 +79,27 @@ class VirtualExecutor:
         self.own: defaultdict[str, float] = defaultdict(float)
         """Processor seconds that the members' own code took, by name of the call: not the control plane's."""
         self.members: list[VirtualMember] = []
+        self.history: deque[CallRecord] = deque(maxlen=0)
 
     def clock(self) -> float:
         return self.now
 
     # ------------------------------------------------------------ the executor
 
-    def start(self, spec: MemberSpec[Any]) -> VirtualMember:
+    def start(self, spec: MemberSpec[Any], lost: Callable[[Any, MemberLost], Any]) -> VirtualMember:
         stand_in = self.stand_ins.get(spec.role)
-        member = VirtualMember(spec.name, Member(spec.role, spec.args).build() if stand_in is None else stand_in(spec))
+        member = VirtualMember(spec.name, Member(spec).build() if stand_in is None else stand_in(spec))
         self.members.append(member)
         return member
+
+    def restart(self, member: VirtualMember) -> VirtualMember:
+        raise SkyrlError("members that only take time are not lost")
+
+    def placed(self, member: VirtualMember, seconds: float) -> bool:
+        return True
+
+    def room(self, spec: MemberSpec[Any]) -> bool:
+        return True
 
     def stop(self, member: VirtualMember) -> None:
         """Nothing is open."""
@@ -118,8 +128,8 @@ class VirtualExecutor:
             return Promise(took.value, member.free, about)
         return [Promise(piece, member.free, about) for piece in cut(took.value, pieces)]
 
-    def seconds(self, member: VirtualMember, name: str) -> Promise:
-        return Promise(member.seconds.get(name, 0.0), max(self.now, member.free), f"{member.name} seconds")
+    def seconds(self, member: VirtualMember, name: str) -> float:
+        return member.seconds.get(name, 0.0)
 
     def poll(self, promises: Sequence[Promise], seconds: float) -> tuple[list[Promise], list[Promise]]:
         last = max((one.ready for one in promises), default=self.now)
@@ -127,12 +137,18 @@ class VirtualExecutor:
         pending = [one for one in promises if one.ready > self.now]
         return ([one for one in promises if one.ready <= self.now], pending) if pending else (list(promises), [])
 
-    def fetch(self, promises: Sequence[Promise], timeout: float, waited: float = 0.0) -> list[Any]:
+    def wait(self, promises: Sequence[Promise], timeout: float) -> None:
         _, late = self.poll(promises, timeout)
         if late:
             calls = sorted({one.about for one in late})
-            raise SkyrlError(f"{', '.join(calls)} took longer than controller.timeout={timeout + waited:g} s")
+            raise SkyrlError(f"{', '.join(calls)} took longer than controller.timeout={timeout:g} s")
+
+    def fetch(self, promises: Sequence[Promise], timeout: float) -> list[Any]:
+        self.wait(promises, timeout)
         return [one.value for one in promises]
+
+    def forget(self, promises: Sequence[Promise]) -> None:
+        """A value needs nothing to be made from."""
 
     def host(self, member: VirtualMember) -> str:
         return "127.0.0.1"

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulate.cost import CostModel, EngineCost, decode, learner_seconds
-from benchmarks.simulate.executor import Took
-from benchmarks.simulate.lengths import Lengths
 from skyrl.crew.crew import cut
 from skyrl.records import Begun, Prompt, RewardParts, RolloutRequest, Sample, SampleGroup, TrainBatch, WeightSnapshot
 from skyrl.rewards.hybrid import group_advantages
 from skyrl.settings import Config
+from skyrl.simulate.cost import CostModel, EngineCost, decode, learner_seconds
+from skyrl.simulate.executor import Took
+from skyrl.simulate.lengths import Lengths
 from skyrl.sync.syncer import Gap
 
 LONGEST = 1 << 20
@@ -79,9 +79,9 @@ class TimedSampler:
     def probe(self) -> list[SampleGroup]:
         return []
 
-    def load_weights(self, snapshot: WeightSnapshot) -> Took:
+    def update(self, snapshot: WeightSnapshot) -> Took:
         self.version, costs = snapshot.version, self.world.costs
-        return Took(0.0, costs.sync_seconds + (costs.switch_seconds if self.world.colocated else 0.0))
+        return Took(([], 0.0), costs.sync_seconds + (costs.switch_seconds if self.world.colocated else 0.0))
 
     def generate(self, request: RolloutRequest) -> Took:
         if request.split == "eval":

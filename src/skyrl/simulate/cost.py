@@ -91,7 +91,7 @@ class CostModel(Settings):
 
 
 def read_costs(name: str) -> CostModel:
-    """A cost model by its name in ``benchmarks/simulate/costs``, or of a YAML file.
+    """A cost model by its name in ``skyrl/simulate/costs``, or of a YAML file.
 
     Raises:
         ConfigError: naming the file and what is wrong with it.

@@ -10,19 +10,20 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from benchmarks.simulate.cost import CostModel, EngineCost
-from benchmarks.simulate.executor import VirtualExecutor
-from benchmarks.simulate.lengths import Lengths
-from benchmarks.simulate.members import TimedLearner, TimedRewarder, TimedSampler, World
 from skyrl.crew.crew import Crew
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
 from skyrl.loop import Loop
+from skyrl.monitoring.sink import MetricSink
 from skyrl.records import Metrics
 from skyrl.rewards.rewarder import Rewarder
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, KeptSamples, PairSource, Stage, ThresholdKind, WandbMode
 from skyrl.settings.run import validate
+from skyrl.simulate.cost import CostModel, EngineCost
+from skyrl.simulate.executor import VirtualExecutor
+from skyrl.simulate.lengths import Lengths
+from skyrl.simulate.members import TimedLearner, TimedRewarder, TimedSampler, World
 from skyrl.system import System, start_system
 
 FOREVER = 1e12
@@ -77,7 +78,7 @@ class Result:
     """Calls to members in a step."""
 
 
-class Steps:
+class Steps(MetricSink):
     """A sink that keeps what each step measured, and how far clocks and counters were by then."""
 
     def __init__(self, executor: VirtualExecutor) -> None:
@@ -98,9 +99,6 @@ class Steps:
                     self.executor.now,
                 )
             )
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 class _Mark(NamedTuple):

@@ -1,4 +1,4 @@
-"""How long answers are: a distribution, read from a JSON file in ``benchmarks/simulate/lengths`` or of your own."""
+"""How long answers are: a distribution, read from a JSON file in ``skyrl/simulate/lengths`` or of your own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError, model_validator
 from scipy.special import ndtr, ndtri
 from scipy.stats import rankdata
 
-from benchmarks.simulate.cost import problems
 from skyrl.records import ConfigError
 from skyrl.schema import Count, Settings, Share
+from skyrl.simulate.cost import problems
 
 FOLDER = Path(__file__).parent / "lengths"
 
@@ -55,7 +55,7 @@ class Lengths(Settings):
 
 
 def read_lengths(name: str) -> Lengths:
-    """A distribution by its name in ``benchmarks/simulate/lengths``, or of a JSON file.
+    """A distribution by its name in ``skyrl/simulate/lengths``, or of a JSON file.
 
     Raises:
         ConfigError: naming the file and what is wrong with it.
