@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from skyrl.crew.crew import LocalExecutor
 from skyrl.digits.scenes import DigitScenes
 from skyrl.policy.encode import PromptEncoder
 from skyrl.records import ConfigError, DataError, Prompt, SkyrlError, SyncError
+from skyrl.rollout.sampler import Sampler
 from skyrl.run import run
 from skyrl.settings import AnswerPlace, Config, Overlong
 from skyrl.system import start_system
@@ -107,7 +109,7 @@ def test_a_run_stops_before_anything_starts(folder: str, tmp_path: Path) -> None
     cfg.model.policy, cfg.rollout.num_cpus = folder, 1000.0
 
     class Refuses(LocalExecutor):
-        def start(self, spec: Any) -> Any:
+        def start(self, spec: Any, lost: Any) -> Any:
             raise AssertionError("a member was started")
 
     with pytest.raises(ConfigError, match=r"the actors need 1000\S* CPUs.*\nresources: fewer workers"):
@@ -278,6 +280,25 @@ def test_chat_template_stop_tokens_and_pictures_of_the_embedded_policy(folder: s
         policy.picture_tokens(subject([plain("1")], encoder=one.encoder))
 
 
+def test_prompts_that_are_written_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = encoder()
+    assert policy.prompt_form(subject(encoder=made)) == "14 prompts are written once, with one beginning"
+    for text in ("Why?<assistant>", "<user>Why?<assistant>\n"):
+        with pytest.raises(
+            DataError, match=r"^prompt 'q' ends with '<assistant>' twice: the chat template was applied"
+        ):
+            policy.prompt_form(subject([Prompt("q", text, (), "1", "exact")], encoder=made))
+    fine = Prompt("q", "What does <assistant> mean?", (), "1", "exact")
+    policy.prompt_form(subject([fine], encoder=made))
+    encode, end = made.encode, made.stop_token_ids[0]
+    for begins, twice in (([end], False), ([end, end], True), ([made.image_token_id] * 2, False)):
+        monkeypatch.setattr(
+            made, "encode", lambda one, b=begins: (np.concatenate([b, encode(one)[0]]).astype(np.int32), {})
+        )
+        with pytest.raises(DataError, match="begins with '<end_of_utterance>' twice") if twice else nullcontext():
+            policy.prompt_form(subject([fine], encoder=made))
+
+
 def test_a_policy_of_text_gets_no_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made, cfg = encoder(), Config()
     assert "the policy takes them; 9 of" in policy.pictures(subject(encoder=made))
@@ -422,7 +443,7 @@ def test_what_an_engine_and_a_learner_say(folder: str, tmp_path: Path, monkeypat
         with pytest.raises(SyncError, match=r"one by one and together differ by up to 0\.01 nats"):
             checks[1].look(one)
         assert called == [1, cfg.learner.micro_batch_tokens]
-        monkeypatch.setattr(system.syncer, "_send", lambda version, base: 0.0)
+        monkeypatch.setattr(system.syncer, "_send", lambda version, base: (0.0, system.rollouts.ask(Sampler.probe)))
         system.rollouts.members[0].build().engine.model.get_output_embeddings().weight.data += 0.5 * torch.randn(1)
         system.rollouts.members[0].build().engine.model.get_output_embeddings().weight.data *= 2
         with pytest.raises(SkyrlError, match="differ in log-probability"):

@@ -56,7 +56,7 @@ class Scripted:
         question = self.tokenizer.decode(request.prompt_ids)
         found = next(texts for part, texts in self.says.items() if part in question)
         Scripted.asked.append(next(part for part in self.says if part in question))
-        ids, logprobs = np.zeros(2, np.int32), np.zeros(2, np.float32)
+        ids, logprobs = np.array([0, request.stop_ids[0]], np.int32), np.zeros(2, np.float32)
         prompt_ids = np.array(request.prompt_ids, np.int32)
         return [Completion(prompt_ids, ids, logprobs, found[i], False) for i in range(request.n)]
 
@@ -335,6 +335,7 @@ class Noted(LocalExecutor):
     """Keeps the groups of the last evaluation of a run."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.groups: list[SampleGroup] = []
 
     def call(self, member: Any, function: Any, pieces: int, args: Any, kwargs: Any) -> Any:

@@ -372,6 +372,7 @@ def test_masked_tokens_are_as_if_they_were_not_there(aggregation, family) -> Non
     for name, junk in (("logprobs", -math.inf), ("behaviour", math.nan), ("reference", math.inf)):
         getattr(doubled, name)[:, 1::2] = junk
     loss, masked_grad, masked_sums = run(doubled, cfg)
+    assert masked_sums.pop("places") == 2 * sums.pop("places")  # the only one that says where the tokens stand
     assert loss == pytest.approx(want, rel=1e-13) and masked_sums == pytest.approx(sums, rel=1e-13)
     assert masked_grad[:, ::2] == pytest.approx(grad, rel=1e-12, abs=1e-15) and not masked_grad[:, 1::2].any()
     data.mask[3] = False

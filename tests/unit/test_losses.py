@@ -95,11 +95,17 @@ def test_gap_is_that_of_recorded_on_policy_answers() -> None:
     batch = step_of(items, [], cfg)
     logprobs = torch.tensor([-1.25, -9.0, -7.0, -8.0])
     metrics = metrics_of(batch, cfg, [micro(batch, [0, 1, 2], cfg, logprobs)[1]])
-    assert metrics["learner/logprob_gap_fresh"] == pytest.approx(0.25)
+    assert metrics["learner/logprob_gap_fresh"] == metrics["learner/logprob_gap_fresh_mean"] == pytest.approx(0.25)
+    items[0].sample.mask = np.array([True, True])  # and the other token is off by 8
+    longer = step_of(items, [], cfg)
+    metrics = metrics_of(longer, cfg, [micro(longer, [0, 1, 2], cfg, logprobs)[1]])
+    assert metrics["learner/logprob_gap_fresh"] == 8.0
+    assert metrics["learner/logprob_gap_fresh_mean"] == pytest.approx(8.25 / 2)
+    items[0].sample.mask = np.array([True, False])
     assert Counts.of(batch, 8).on_policy_tokens == 1
     items[0].sample.policy_version -= 1
     metrics = metrics_of(batch, cfg, [micro(batch, [0, 1, 2], cfg, logprobs)[1]])
-    assert "learner/logprob_gap_fresh" not in metrics
+    assert not {"learner/logprob_gap_fresh", "learner/logprob_gap_fresh_mean"} & metrics.keys()
 
 
 def random_step(cfg: AlgorithmConfig, step: int = 1) -> tuple[TrainBatch, list[torch.Tensor], list[torch.Tensor]]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from learner_views import make_view
 
 from skyrl.objective.grpo import Grpo
-from skyrl.objective.hybrid import COVERED, active_terms, hybrid_loss, run_terms, step_metrics, step_stats
+from skyrl.objective.hybrid import (
+    COVERED,
+    active_terms,
+    check_weights,
+    hybrid_loss,
+    run_terms,
+    step_metrics,
+    step_stats,
+)
 from skyrl.objective.mpo import Mpo
 from skyrl.objective.term import Counts, Term
 from skyrl.records import SkyrlError, TrainBatch
 from skyrl.settings import Aggregation, AlgorithmConfig, GrpoConfig, Mismatch, MpoConfig, Stage
 
-COVER = {"samples": 7.0, "tokens": 30.0, "grpo_tokens": 10.0, "pairs": 2.0}
-STEP = {"learner/entropy": 60.0, "learner/logprob_gap_fresh": 0.25}
+COVER = {"samples": 7.0, "tokens": 30.0, "grpo_tokens": 10.0, "pairs": 2.0, "places": 60.0}
+GAPS = {"learner/logprob_gap_fresh": 0.25, "learner/logprob_gap_fresh_mean": 0.5}
+STEP = {"learner/entropy": 60.0} | GAPS
 GRPO_SUMS = {
     "loss/grpo": 4.0,
     "grpo/clip_fraction": 1.0,
@@ -33,7 +44,7 @@ MPO_SUMS = {
     "mpo/rejected_reward": 0.2,
     "mpo/kl_reference": 2.0,
 }
-EVERY_STEP = {"learner/entropy": 2.0, "learner/logprob_gap_fresh": 0.25}
+EVERY_STEP = {"learner/entropy": 2.0, "learner/logprob_gap_fresh": 0.25, "learner/logprob_gap_fresh_mean": 0.025}
 GRPO_METRICS = {"grpo/clip_fraction": 0.1, "grpo/ratio_mean": 1.1, "grpo/ratio_max": 1.5, "grpo/kl_behaviour": 0.02}
 MPO_METRICS = {
     "loss/mpo": 3.0,
@@ -51,7 +62,7 @@ MPO_METRICS = {
 def counts(**changes: int) -> Counts:
     """Five GRPO samples with ten tokens, two pairs with ten, seven samples in all."""
     known = {"samples": 7, "tokens": 30, "on_policy_tokens": 20, "grpo_samples": 5, "grpo_tokens": 10}
-    return Counts(**(known | {"grpo_max_tokens": 40, "pairs": 2, "pair_tokens": 10} | changes))
+    return Counts(**(known | {"grpo_max_tokens": 40, "pairs": 2, "pair_tokens": 10, "places": 60} | changes))
 
 
 def grpo(**settings: object) -> tuple[Term, float]:
@@ -139,3 +150,27 @@ def test_a_lost_micro_batch_or_wrong_counts_are_noticed(what: str) -> None:
     shown = what.replace("grpo_", "GRPO ")
     with pytest.raises(SkyrlError, match=f"cover {COVER[what]:g} {shown}; the step has {COVER[what] + 1:g}"):
         step_metrics([grpo(), MPO], sums, counts(**{what: int(COVER[what]) + 1}))
+
+
+@pytest.mark.parametrize(
+    ("minimised", "mpo", "problem"),
+    [
+        (0.8 + 0.5 * 1.5, 1.5, None),
+        (0.8 + 0.5 * 1.5 + 5e-5, 1.5, None),  # rounding
+        (
+            0.8 + 1.5,
+            1.5,
+            r"the loss .* is 2.3, but 1 · 0.8 \(loss/grpo\) \+ 0.5 · 1.5 \(loss/mpo\) = 1.55",
+        ),
+        (
+            0.8 + 0.5 * 0.7,
+            0.7,
+            r"loss/mpo .* is 0.7, but 0.8 · 0.5 \(loss/preference\) \+ 0.2 · 1 .*= 1.5",
+        ),
+        (0.8, 0.0, "loss_weight: .*a weight or a denominator has no effect"),
+    ],
+)
+def test_a_weight_without_effect_is_refused(minimised: float, mpo: float, problem: str | None) -> None:
+    metrics = GRPO_METRICS | MPO_METRICS | {"loss/grpo": 0.8, "loss/mpo": mpo, "loss/generation": 0.9}
+    with nullcontext() if problem is None else pytest.raises(SkyrlError, match=problem):
+        check_weights([grpo(), MPO], {"minimised": minimised}, metrics, progress=0.0)

@@ -18,8 +18,18 @@ import torch
 
 from skyrl.policy.encode import TAGS
 from skyrl.policy.module import PolicyModule, load_policy
-from skyrl.records import ConfigError, DataError, Prompt, RewardParts, RolloutRequest, Sample, SampleGroup, SyncError
-from skyrl.rollout.engine import Completion, EngineRequest
+from skyrl.records import (
+    ConfigError,
+    DataError,
+    Prompt,
+    RewardParts,
+    RolloutRequest,
+    Sample,
+    SampleGroup,
+    SkyrlError,
+    SyncError,
+)
+from skyrl.rollout.engine import Completion, EngineRequest, Enough
 from skyrl.rollout.sampler import Sampler, best_answer, sample_seed
 from skyrl.settings import Config, Truncated
 from skyrl.sync.snapshot import layout_of, take_snapshot
@@ -300,6 +310,21 @@ def test_a_prompt_that_the_engine_refuses_is_named(sampler: Sampler, folder: Pat
     with pytest.raises(DataError, match=said):
         sampler.generate(request(0, 2, 1))
     assert len(sampler.generate(request(0, 2))) == 2  # the others still can
+
+
+def test_an_answer_that_comes_without_its_end_is_refused(sampler: Sampler, folder: Path) -> None:
+    class Endless(PlainEngine):
+        def generate(self, requests: list[EngineRequest], enough: Enough | None = None) -> list[list[Completion]]:
+            found = super().generate(requests)
+            for made in (one for some in found for one in some):
+                if made.token_ids[-1] == EOS:
+                    made.token_ids, made.logprobs = made.token_ids[:-1], made.logprobs[:-1]
+            return found
+
+    sampler.engine = Endless(sampler.cfg, str(folder))
+    said = rf"prompt 'p/\S+': the engine says that an answer ended by itself.* tokens that end one: {EOS}\."
+    with pytest.raises(SkyrlError, match=said):
+        sampler.generate(request(0, 1, 2, n=16))
 
 
 def test_an_engine_that_is_broken_is_not_blamed_on_a_prompt(sampler: Sampler) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skyrl.data.stream import MixedStream, PromptStream, prompt_stream, shares
+from skyrl.data.stream import MixedStream, PromptStream, prompt_stream, rows_used, shares
 from skyrl.records import DataError
 
 
@@ -176,3 +176,11 @@ def test_weights_that_are_none() -> None:
     for weights in ([1.0], [1.0, 0.0], [1.0, -1.0]):
         with pytest.raises(DataError, match="allowed: one above 0 for each"):
             MixedStream([5, 5], weights, 0)
+
+
+@given(takes=st.lists(st.integers(0, 30), max_size=12), mixed=st.booleans())
+def test_a_state_says_how_many_rows_were_given(takes: list[int], mixed: bool) -> None:
+    stream = MixedStream([7, 40], [1.0, 3.0], 0) if mixed else PromptStream(11, 0)
+    for n in takes:
+        stream.take(n)
+    assert rows_used(json.loads(json.dumps(stream.state_dict()))) == sum(takes)

@@ -172,7 +172,7 @@ def test_sums_and_maxima_over_micro_batches() -> None:
     term = Brevity(BrevitySettings(limit=1.5))
     active: list[tuple[Term, float]] = [(term, 1.0)]
     counts = Counts(samples=3, tokens=5, on_policy_tokens=5, grpo_samples=0, grpo_tokens=0, grpo_max_tokens=0, pairs=0,
-                    pair_tokens=0)  # fmt: skip
+                    pair_tokens=0, places=2)  # fmt: skip
     parts = []
     for mask in ([[True, True], [True, False]], [[True, True]]):
         view = make_view(

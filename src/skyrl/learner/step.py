@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING
 from skyrl.learner.files import export_policy, read_state, write_state
 from skyrl.learner.requirements import require_finite, require_records
 from skyrl.learner.schedule import learning_rate, refresh_due, stage_progress
-from skyrl.objective.hybrid import active_terms, hybrid_loss, imported, merge_stats, run_terms, step_metrics
+from skyrl.objective.hybrid import (
+    active_terms,
+    check_weights,
+    hybrid_loss,
+    imported,
+    merge_stats,
+    run_terms,
+    step_metrics,
+)
 from skyrl.objective.mpo import Mpo, RunningDelta, pair_members, uses_delta
 from skyrl.objective.term import Counts, Stats, Term, recorded_on_policy
 from skyrl.records import Metrics, SampleGroup, TrainBatch, WeightSnapshot
@@ -84,8 +92,9 @@ class LearnerStep:
         self.terms = run_terms(self.cfg.algorithm)
         self.encoder = PromptEncoder.configured(self.policy_folder, self.cfg)
         # Not before: it imports transformers, which must find what the encoder put in the place of torchvision.
-        from skyrl.learner.trial import forests_agree
+        from skyrl.learner.motion import Motion
         from skyrl.policy.tower import TowerFeatures
+        from skyrl.policy.trial import forests_agree
         from skyrl.sync.outgoing import Outgoing
 
         if self.cfg.learner.zero_stage < 3 and (room := self.cfg.learner.tower_cache_gib):
@@ -93,9 +102,11 @@ class LearnerStep:
         compares = any(term.uses_reference for term in self.terms)
         backend = imported(self.cfg.learner.backend, "learner.backend")
         self.backend = backend(self.cfg, self._start, self.rank, host, port, compares)
-        self.forests = self.cfg.learner.shared_rows and forests_agree(self.backend, self.encoder)
+        shared = self.cfg.learner.shared_rows
+        self.forests = shared and forests_agree(self.backend, self.encoder, "learner.shared_rows: the policy")
         self.reference = Reference(self.backend) if compares else None
         self._outgoing = Outgoing(self.backend.model, self.cfg.learner.lora)
+        self._motion = Motion(self.backend.model.named_parameters(), self.cfg.learner)
 
     def _start(self) -> PolicyModule:
         """The starting policy, with what is not trained frozen."""
@@ -149,20 +160,23 @@ class LearnerStep:
             found += [stats] if stats else []
         totals = merge_stats(found, active, self.backend.device, self.backend.reduce)
         metrics |= step_metrics(active, totals, counts)
+        check_weights(active, totals, metrics, stage_progress(self.cfg, batch.step))
         # Before the optimizer sees the gradient. The metrics are sums over ranks, so all of them stop here.
         for name, value in metrics.items():
             require_finite(batch.step, name, value)
         lr = learning_rate(self.cfg.learner, batch.step, self.cfg.controller.steps)
+        before = self._motion.look()
         norm = self.backend.update(lr) if has_gradient else 0.0
         if self.cfg.model.dtype != "float16":  # float16 has a loss scale that is found by stepping over overflows
             require_finite(batch.step, "the gradient norm", norm)
         metrics |= self._refresh_reference(batch.step, trained, metrics.get("mpo/kl_reference"))
-        metrics |= self._tower_hits()
+        metrics |= self._tower_hits() | self._motion.since(before, lr)
         return metrics | {
             "mpo/pairs": float(counts.pairs),
             "learner/grad_norm": norm,
             "learner/lr": lr,
             "learner/tokens": float(counts.tokens),
+            "learner/pictures": float(sum(len(item.prompt.images) for item in batch.items)),
             "learner/distinct_share": distinct_share(batch),
             "learner/shared_rows": float(self.forests),
             "learner/micro_batches": float(len(share.parts)),

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from skyrl.monitoring.sink import MetricSink
 from skyrl.records import Metrics
 
 PHASES = ("rollout", "reward", "buffer", "learner", "sync")
@@ -59,7 +60,7 @@ _ROWS: tuple[tuple[str, str, Show], ...] = (
 )
 
 
-class ConsoleSink:
+class ConsoleSink(MetricSink):
     """Shows the run on the console: in a terminal a table that renews itself, with a progress bar; otherwise one line
     for each step, so that a log stays readable."""
 
@@ -80,7 +81,8 @@ class ConsoleSink:
         self._first = metrics | self._first
         if not self._console.is_terminal:
             # Lines must not be cut or wrapped at a width that a file does not have.
-            self._console.print(Text(self._line(metrics)), soft_wrap=True)
+            if " | " in (line := self._line(metrics)):  # else nothing of it is shown
+                self._console.print(Text(line), soft_wrap=True)
             return
         if self._live is None:
             self._live = Live(console=self._console, refresh_per_second=4)

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from skyrl.monitoring.console import duration
 from skyrl.monitoring.records import jsonable, write_json, write_text_atomically
 from skyrl.monitoring.samples import EVAL, FOLDER, sample_files
+from skyrl.redaction import HIDDEN, SETTING
 from skyrl.settings import Config
 from skyrl.settings.system import paths_of
 
@@ -33,8 +34,6 @@ OF_THE_MACHINE = (
     "controller.timeout",
 )
 """Settings, or groups, that say nothing of how the policy came about: not handed on."""
-SECRET = re.compile(r"(^|[._])(api_?key|key|token|secret|password|credentials?)$", re.IGNORECASE)
-"""Names of settings whose texts are not handed on."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -139,8 +138,8 @@ def portable(settings: Any, key: str = "") -> Any:
         return [portable(value, key) for value in settings]
     if not isinstance(settings, str):
         return settings
-    if SECRET.search(key):
-        return "(left out)"
+    if SETTING.search(key):
+        return HIDDEN
     if settings.startswith(("/", "~", "./", "../")):
         return Path(settings).name
     return re.sub(r"//[^/@\s]+@", "//", settings)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import PydanticSerializationError, to_json
 
-from skyrl.records import DataError
+from skyrl.records import DataError, SkyrlError
+from skyrl.redaction import redact, redacted
 
 
 def jsonable(value: Any) -> Any:
@@ -25,20 +27,39 @@ def jsonable(value: Any) -> Any:
         raise DataError(f"can't write this as JSON; allowed are numbers, text, lists and mappings: {error}") from error
 
 
+def unwritable(path: Path, error: OSError, but: str = "") -> SkyrlError:
+    """The error that says that ``path`` could not be written, why, and how much is free there."""
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free there"
+    return SkyrlError(f"{path} can't be written: {error.strerror or error} ({free}){but and f'; {but}'}")
+
+
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``path`` so that a reader or a crash never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``path`` so that a reader or a crash never meets half a file. Secrets are left out.
+
+    Raises:
+        SkyrlError: if it can't be written; what was there before is still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(redact(text))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # it would keep the disk full
+            raise
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_text_atomically(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write ``value`` as indented JSON, atomically. Secrets are left out, also texts under a name that says so."""
+    text = json.dumps(redacted(jsonable(value)), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text_atomically(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:

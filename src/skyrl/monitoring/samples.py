@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from skyrl.monitoring.records import unwritable
 from skyrl.records import Prompt, Sample, SampleGroup, TrainItem
 from skyrl.settings import Config, KeptSamples
 
@@ -108,6 +109,7 @@ class SampleFiles:
         self.off = self.cfg.samples is KeptSamples.off or not cfg.run_dir
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
+        self._unkept, self._news = False, list[str]()
 
     def step(self, step: int, version: int, groups: Iterable[SampleGroup], replayed: Iterable[TrainItem]) -> None:
         """Write the samples of a training step, beside what the process does next: one step's at a time.
@@ -132,6 +134,11 @@ class SampleFiles:
             rows = [sample_row(g.prompt, sample, step, "eval", g.checkable) for g in groups for sample in g.samples]
             self._write(EVAL, step, rows)
 
+    def news(self) -> tuple[str, ...]:
+        """What the user should read, once: that samples can't be written. The run goes on without them."""
+        news, self._news = tuple(self._news), []
+        return news
+
     def wait(self) -> None:
         """Until all is written."""
         if self._writing is not None:
@@ -150,8 +157,12 @@ class SampleFiles:
             finally:
                 part.unlink(missing_ok=True)
             self._tidy(step)
-        except OSError as error:  # a run goes on without them
-            logger.warning("the samples of step %d are not kept: %s: %s", step, type(error).__name__, error)
+            self._unkept = False
+        except OSError as error:
+            if not self._unkept:
+                self._news.append(f"samples from step {step} on are not kept: {unwritable(path, error)}")
+                logger.warning(self._news[-1])
+            self._unkept = True
 
     def _tidy(self, step: int) -> None:
         """Remove what is later than ``step``, of a run that was resumed before it, and what is too old to be kept."""

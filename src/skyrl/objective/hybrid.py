@@ -34,11 +34,17 @@ STEP_STATS = (
     Stat("learner/logprob_gap_fresh", "on_policy_tokens", "nats",
         "Largest difference of the rollout's and the learner's log-probability over the tokens of on-policy answers, "
         "before the update; absent where none is recorded.", kind="max"),
+    Stat("learner/logprob_gap_fresh_mean", "on_policy_tokens", "nats",
+        "The same difference, mean over these tokens."),
 )  # fmt: skip
 """What every step reports, whichever terms it trains."""
 COUNTS = [field.name for field in fields(Counts)]
-COVERED = tuple(Stat(name, "none", "-", "") for name in ("samples", "tokens", "grpo_tokens", "pairs"))
+COVERED = tuple(Stat(name, "none", "-", "") for name in ("samples", "tokens", "grpo_tokens", "pairs", "places"))
 """What the micro-batches of a step hold together: must be what the batch says."""
+CHECKED = (*COVERED, Stat("minimised", "none", "-", ""))
+"""Statistics that are compared and not logged; the last is the sum of the losses that gradients were taken of."""
+EXACT = 1e-4
+"""What a loss may differ by from the sum of its parts, relative to their sizes or 1, whichever is larger."""
 
 
 # ---------------------------------------------------------------- which terms
@@ -129,10 +135,12 @@ def hybrid_loss(view: BatchView, active: Sequence[tuple[Term, float]]) -> tuple[
     stats: Stats = {
         "learner/entropy": view.entropy.detach()[view.mask].double().sum(),
         "learner/logprob_gap_fresh": gap.max() if gap.numel() else gap.sum(),
+        "learner/logprob_gap_fresh_mean": gap.double().sum(),
         "samples": view.weights.new_tensor(len(view.items)),
         "tokens": view.mask.sum(),
         "grpo_tokens": (view.mask & (view.weights != 0).unsqueeze(1)).sum(),
         "pairs": view.weights.new_tensor(len(view.chosen)),
+        "places": view.mask.nonzero()[:, 1].sum(),
     }
     loss = view.logprobs[:0].sum()  # a zero with a graph, whatever the log-probabilities are
     for term, weight in active:
@@ -144,12 +152,13 @@ def hybrid_loss(view: BatchView, active: Sequence[tuple[Term, float]]) -> tuple[
             raise SkyrlError(f"the loss of term {term.name!r} must be one number that depends on the log-probabilities")
         loss = loss + weight * (total / max(getattr(view.counts, term.per), 1))
         stats |= {f"loss/{term.name}": total} | own
+    stats["minimised"] = loss
     return loss, {name: value.detach().double() for name, value in stats.items()}
 
 
 def step_stats(active: Sequence[tuple[Term, float]]) -> list[Stat]:
     """Every statistic of a step, in the order in which ranks exchange them."""
-    return [*COVERED, *STEP_STATS, *(stat for term, _ in active for stat in term.declared())]
+    return [*CHECKED, *STEP_STATS, *(stat for term, _ in active for stat in term.declared())]
 
 
 def merge_stats(
@@ -187,9 +196,10 @@ def step_metrics(active: Sequence[tuple[Term, float]], totals: Mapping[str, floa
         got, want = totals[stat.name], getattr(counts, stat.name)
         if round(got) != want:
             what = stat.name.replace("grpo_", "GRPO ")
-            raise SkyrlError(f"statistics cover {got:g} {what}; the step has {want}")
+            moved = ": the mask lies on other tokens than the answers'" if stat.name == "places" else ""
+            raise SkyrlError(f"statistics cover {got:g} {what}; the step has {want}{moved}")
     metrics: Metrics = {}
-    for stat in step_stats(active)[len(COVERED) :]:
+    for stat in step_stats(active)[len(CHECKED) :]:
         count, value = getattr(counts, stat.per), totals[stat.name]
         if count and value != float("-inf"):
             metrics[stat.name] = value if stat.kind == "max" else value / count
@@ -197,3 +207,29 @@ def step_metrics(active: Sequence[tuple[Term, float]], totals: Mapping[str, floa
     if losses:
         metrics["loss/total"] = sum(losses)
     return metrics
+
+
+def check_weights(
+    active: Sequence[tuple[Term, float]], totals: Mapping[str, float], metrics: Metrics, progress: float
+) -> None:
+    """Compare what was minimised with what the step reports, so that no weight and no denominator is without effect.
+
+    Args:
+        totals: The statistics of the step over all micro-batches and ranks.
+        metrics: Of :func:`step_metrics`.
+        progress: As in :class:`~skyrl.objective.term.BatchView`.
+
+    Raises:
+        SkyrlError: if the terms with their weights add up to something else, or the parts of a term with theirs.
+    """
+    sums = [("the loss", totals["minimised"], {f"loss/{term.name}": weight for term, weight in active})]
+    sums += [(f"loss/{term.name}", metrics.get(f"loss/{term.name}", 0.0), term.parts(progress)) for term, _ in active]
+    for what, got, weights in sums:
+        parts = [(name, weight, metrics.get(name, 0.0)) for name, weight in weights.items()]
+        products = [weight * value for _, weight, value in parts]
+        if weights and abs(got - sum(products)) > EXACT * max(1.0, sum(map(abs, products))):
+            added = " + ".join(f"{weight:g} · {value:.6g} ({name})" for name, weight, value in parts)
+            raise SkyrlError(
+                f"loss_weight: {what} that was minimised is {got:.6g}, but {added} = {sum(products):.6g}: a weight or "
+                "a denominator has no effect"
+            )

@@ -102,6 +102,10 @@ class Mpo(Term):
     def compared(self, batch: TrainBatch) -> set[int]:
         return pair_members(batch) if self.uses_reference else set()
 
+    def parts(self, progress: float) -> dict[str, float]:
+        names = ("loss/preference", "loss/quality", "loss/generation")
+        return dict(zip(names, loss_weights(self.settings, progress), strict=True))
+
     def loss(self, view: BatchView) -> tuple[Tensor, Stats]:
         """Mixed preference loss, to be minimised, with the δ of the view, already updated with this step.
 

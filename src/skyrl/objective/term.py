@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import BaseModel
 
 from skyrl.records import TrainBatch, TrainItem
@@ -72,6 +73,8 @@ class Counts:
     pairs: int
     pair_tokens: int
     """Of both members of all pairs."""
+    places: int = 0
+    """Sum of the tokens' places in their answers, 0 for the first of each."""
     none: int = 1
     """Nothing is divided."""
 
@@ -87,6 +90,7 @@ class Counts:
             grpo_max_tokens=batch.grpo_samples * max_new_tokens,
             pairs=len(batch.pairs),
             pair_tokens=sum(tokens[pair.chosen] + tokens[pair.rejected] for pair in batch.pairs),
+            places=sum(int(np.flatnonzero(item.sample.mask).sum()) for item in batch.items),
         )
 
 
@@ -164,6 +168,11 @@ class Term:
     def loss(self, view: BatchView) -> tuple[Tensor, Stats]:
         """The term of one micro-batch, not yet divided by ``per``, and every statistic that is declared."""
         raise NotImplementedError
+
+    def parts(self, progress: float) -> dict[str, float]:
+        """Of a term that is a weighted sum: the statistics of its parts, with their weights at ``progress`` (see
+        :class:`BatchView`). The learner then checks that the loss is their sum. {}: it is no such sum."""
+        return {}
 
     def declared(self) -> list[Stat]:
         """The statistics that there are under these settings; the loss is the first."""
