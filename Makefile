@@ -14,7 +14,7 @@ LOG := $(VENV)/install.log
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := src tests benchmarks docs
 
-.PHONY: help setup train test check models lint format bench clean
+.PHONY: help setup train test check models cluster faults lint format bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ check: lint ## lint, types, import rules and the tests that start neither Ray no
 
 models: $(STAMP) ## try every architecture of docs/models_table.md (six minutes), and write that table anew
 	@$(BIN)/python -m pytest tests/models -m "models or integration" $(ARGS)
+
+cluster: $(STAMP) ## several hosts on this machine, one of which is lost (needs root; five minutes)
+	@$(BIN)/python -m pytest tests/integration/test_hosts.py -m "cluster or integration" $(ARGS)
+
+faults: $(STAMP) ## strike runs over a hundred times (kills, stops, a lost host); goes on where it was interrupted
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the import rules
 	@echo "ruff check"; $(BIN)/ruff check --quiet $(SOURCES)

@@ -16,7 +16,7 @@ import torch
 from skyrl.learner.backend import NamedTensors
 from skyrl.policy.encode import EncodedBatch
 from skyrl.policy.module import PolicyModule
-from skyrl.records import ConfigError
+from skyrl.records import ConfigError, SkyrlError
 from skyrl.settings import Config
 
 
@@ -73,7 +73,10 @@ class PlainBackend:
     def save(self, folder: Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, Path(folder) / "plain.pt")
+        try:
+            torch.save(state, Path(folder) / "plain.pt")
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
+            raise SkyrlError(f"{folder}/plain.pt could not be written: {error}") from error
 
     def load(self, folder: Path) -> None:
         state = torch.load(Path(folder) / "plain.pt", weights_only=True)
