@@ -17,7 +17,7 @@ Prepared = Callable[[Path], list[str]]
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault and what should be said of it, written down before the first run."""
+    """One fault, and what should be said of it."""
 
     name: str
     area: str

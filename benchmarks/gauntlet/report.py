@@ -92,7 +92,7 @@ def document(rows: list[Row]) -> str:
         "Written by `python -m benchmarks.gauntlet`. Faults that users of this and other systems reported, which raise",
         "no error by themselves, are put back into the running system (vLLM, DeepSpeed, the loop and all members, in",
         "one process on a CPU) by a small patch, one at a time. *Noticed* is a refusal, an error or an alarm under the",
-        "name that was written down for the fault beforehand, in the step in which it first acts or the next.",
+        "name that stands in the fault's definition, in the step in which it first acts or the next.",
         "",
         f"- **{noticed(chosen)} of {len(chosen)}** faults that were chosen first",
         f"- {noticed(further)} of {len(further)} further ones",

@@ -33,7 +33,7 @@ from typing import Any
 
 from skyrl.ahead import Ahead
 from skyrl.batch.batcher import Batcher
-from skyrl.checkpoint import BUFFER, Checkpoints, read_state
+from skyrl.checkpoint import BUFFER, MANIFEST, Checkpoints, read_state
 from skyrl.data.stream import Stream, rows_used
 from skyrl.evaluation.summary import evaluate_policy
 from skyrl.learner.step import LearnerStep
@@ -219,7 +219,7 @@ class Loop:
 
     def _recover_buffer(self, place: int) -> None:
         """Bring a buffer member that was built anew to where the lost one was: its newest checkpoint, and its log."""
-        newest = self.checkpoints.newest()
+        newest = next(iter(self.checkpoints.complete()), None)  # read only if the journal does not reach so far
         path = None if newest is None else newest / BUFFER
         try:
             self.system.buffer.fetch([self.system.buffer.at(place, Batcher.recover, path, self._kept)])
@@ -257,6 +257,8 @@ class Loop:
                 with self.system.hosts.gathered(folder / "learner", self.system.learners):
                     self.system.learners.each(LearnerStep.save, folder / "learner")
                 self.ahead.save(folder / BUFFER)
+                if not (folder / BUFFER).is_file():
+                    raise SkyrlError(f"the sample buffer did not write {folder / BUFFER}: it is on another host")
             self._saved, self._unsaved = self.step, False
         except MemberLost:
             raise
@@ -277,3 +279,4 @@ class Loop:
         self.seconds_training = state["seconds_training"]
         if self._fits_scale():
             self._use_scale(restored_scale(state, folder))
+        (folder / MANIFEST).touch()  # the newest by time: from here this run goes on, and to here it goes back

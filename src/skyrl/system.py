@@ -16,7 +16,7 @@ from rich.console import Console
 from skyrl.batch.batcher import Batcher
 from skyrl.crew.crew import Crew, Executor, LocalExecutor, MemberSpec
 from skyrl.crew.hosts import Hosts, hosts_of
-from skyrl.crew.placement import BUFFER_CPUS, Placement, check_resources, wait_for_room
+from skyrl.crew.placement import Placement, check_resources, wait_for_room
 from skyrl.learner.step import LearnerStep
 from skyrl.records import Begun, ConfigError, DataError, RolloutRequest, SampleGroup
 from skyrl.rewards.rewarder import Rewarder
@@ -78,12 +78,13 @@ class System:
     def join(self) -> list[None]:
         """Let the learner ranks meet and build the starting policy; promises."""
         port = self.learners.one(LearnerStep.free_port)
-        return self.learners.ask(LearnerStep.join, self.learners.hosts()[0], port)
+        return self.learners.ask(LearnerStep.join, self.learners.host(), port)
 
     def restart_learners(self) -> None:
         """Build all ranks anew: they hold the starting policy afterwards."""
         for place in range(len(self.learners)):
             self.learners.rebuild(place)
+        self.learners.find_place()
         self.learners.fetch(self.join())
         self.syncer.forget()
 
@@ -159,10 +160,11 @@ def start_system(
         wait_for_room(cfg, train)
         hosts = hosts_of(cfg, policy, reward, train)
         hosts.prepare()
+        home = hosts.home()
         folder = Path(cfg.run_dir) if cfg.run_dir else None
         executor = RayExecutor(cfg.controller.restarts, prepare=hosts.prepare, folder=folder)
     else:
-        hosts = Hosts(None, {}, 0.0)
+        hosts, home = Hosts(None, {}, 0.0), "DEFAULT"
         nodes = [{"Resources": {"CPU": os.cpu_count() or 1}}]
         if isinstance(executor, LocalExecutor) and cfg.learner.num_workers > 1:
             raise ConfigError(f"learner.num_workers={cfg.learner.num_workers}: must be 1 where all runs in one process")
@@ -185,9 +187,8 @@ def start_system(
         system.rollouts.revive = system.rewards.revive = lambda place: None
         up = [*system.rollouts.ask(Sampler.sizes), *system.rewards.ask(Rewarder.ready)]
         if train:
-            cpus = 0.0 if hosts.apart() else BUFFER_CPUS  # a head may have none to give away
-            buffer = MemberSpec("sample-buffer", Batcher, (cfg, policy), cpus, strategy=hosts.home())
-            system.buffer = started([buffer])
+            # Beside this process, where the run's folder is; a head may have no CPU to give away.
+            system.buffer = started([MemberSpec("sample-buffer", Batcher, (cfg, policy), strategy=home)])
             device = cfg.learner.device
             ranks = placement.specs(
                 "learner", LearnerStep, cfg.learner, lambda rank, threads: (cfg, policy, rank, threads),

@@ -122,6 +122,7 @@ def test_seconds_count_until_a_step_that_had_not_been_done(folder: Folder) -> No
 def run_folder(path: Path, values: dict[int, float], prompts: dict[int, list[str]], weights: bytes = b"w") -> Path:
     (path / "run" / "samples").mkdir(parents=True)
     (path / "run" / "policy").mkdir()
+    Plan("policy", len(values)).write(path)
     (path / "run" / "policy" / "model.safetensors").write_bytes(weights)
     lines = [json.dumps({"step": step, "reward/rule": value, "time/step": 1.0}) for step, value in values.items()]
     (path / "run" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -144,3 +145,15 @@ def test_the_comparison_sees_a_value_a_lost_sample_and_a_prompt_trained_twice(tm
     assert outcome.lost == ["step 1: a", "step 2: c"] and outcome.twice == ["a: 2 steps"] and bad(outcome)
     text = table([outcome])
     assert "| lag0 | 1 | 1 | 2 | 1 | 1 | differs |" in text and "| reward | KILL | 1 | 1 | 2.0 | 2.0 |" in text
+
+
+def test_with_a_lag_and_oversampling_every_prompt_must_be_accounted_for(tmp_path: Path) -> None:
+    alone = run_folder(tmp_path / "alone", {1: 0.5, 2: 0.25}, {1: ["a", "b"], 2: ["c"]})
+    other = run_folder(tmp_path / "other", {1: 0.5, 2: 0.25}, {1: ["a", "c"], 2: ["d"]})
+    Plan("policy", 2, lag=1, oversample=0.5).write(other)
+    checkpoint = other / "run" / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    for position, lost in ((4, 0), (5, 1)):  # three were trained on, one is begun
+        state = {"stream": {"position": position}, "left": 1}
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        assert len(compare("lag1", alone, other, []).lost) == lost

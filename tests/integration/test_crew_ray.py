@@ -55,6 +55,17 @@ class Worker:
             os.kill(os.getpid(), signal.SIGSTOP)
         return self.seen
 
+    def die_late(self, note: Path) -> None:
+        note.touch()
+        time.sleep(0.3)
+        os._exit(7)
+
+    def fail_before(self, note: Path) -> None:
+        """What a collective call does whose other side is gone."""
+        while not note.exists():
+            time.sleep(0.01)
+        raise RuntimeError("connection closed by peer")
+
     def make_once(self, note: Path, count: int) -> list[int]:
         """As :meth:`make`, but the first dies of it."""
         self.die_once(note)
@@ -168,6 +179,24 @@ def test_a_member_that_stands_still_is_replaced(tmp_path: Path) -> None:
     made.timeout = 3.0
     assert made.one(Worker.stop_once, tmp_path / "note") == 1
     assert told[0][2].startswith("stopped-0 Worker.stop_once took longer than controller.timeout=3 s")
+    made.stop()
+
+
+def test_a_member_that_fails_because_another_died_is_not_the_one_to_blame(tmp_path: Path) -> None:
+    made = crew(["paired-0", "paired-1"])
+    made.each(Worker.count)
+    calls = [made.at(0, Worker.fail_before, tmp_path / "note"), made.at(1, Worker.die_late, tmp_path / "note")]
+    with pytest.raises(MemberLost, match=r"^paired-1 died"):
+        made.fetch(calls[:1])
+    made.stop()
+
+
+def test_what_waits_behind_a_long_call_does_not_hang(tmp_path: Path) -> None:
+    made, told = replaceable(crew(["queued-0"]))
+    made.one(Worker.count)
+    made.timeout = 2.0
+    assert made.fetch([made.at(0, Worker.sleep, seconds) for seconds in (1.5, 1.5, 1.5)]) == [1.5] * 3
+    assert told == []
     made.stop()
 
 

@@ -165,8 +165,10 @@ class Journal:
                 if record.step > step:
                     break
                 pictures |= new
-                records.append(record)
                 end = behind
+                # A buffer that was taken for dead may have written once more, beside the one that took its place.
+                if record.step > (records[-1].step if records else first):
+                    records.append(record)
             if (records[-1].step if records else first) == step:
                 with self._writing(f"the state after step {step}"):
                     self._open(first, end, set(pictures))

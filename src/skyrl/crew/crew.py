@@ -143,8 +143,8 @@ class Executor(Protocol):
         """Let go of what these promises, all ready, were made from. What is lost of them then stays lost."""
         ...
 
-    def host(self, member: Any) -> str:
-        """Address under which other members reach it."""
+    def host(self, member: Any) -> Any:
+        """A promise of the address under which other members reach it."""
         ...
 
 
@@ -173,7 +173,7 @@ class Crew(Generic[R]):
         """Gives a member that was built anew what it must have before it works; None: no member may be replaced."""
         self.tell: Callable[[str, str, str], None] = lambda kind, member, text: logger.warning(text)
         """Called with the kind of an :class:`~skyrl.records.Event`, the member and a text."""
-        self._prepared: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self._prepared: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         try:
             for spec in self.specs:
                 self.members.append(executor.start(spec, self._replace))
@@ -241,8 +241,8 @@ class Crew(Generic[R]):
 
     def prepare(self, function: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call every member, now and again whenever it is built anew."""
-        self._prepared.append((function, args))
         self.each(function, *args, **kwargs)
+        self._prepared.append((function, args, kwargs))  # not before: a member that is built anew now is called above
 
     def at(self, place: int, function: Callable[Concatenate[R, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call the member number ``place``; a promise. Returns at once."""
@@ -276,8 +276,13 @@ class Crew(Generic[R]):
     # ------------------------------------------------------------ members
 
     def hosts(self) -> list[str]:
-        """Address of each member."""
-        return [self.executor.host(member) for member in self.members]
+        """Address of each member. Errors as :meth:`each`."""
+        return self.fetch([self.executor.host(member) for member in self.members])
+
+    def host(self) -> str:
+        """Address of the first member. Errors as :meth:`each`."""
+        first: str = self.fetch([self.executor.host(self.members[0])])[0]
+        return first
 
     def find_place(self) -> None:
         """Wait until every member has a process.
@@ -316,12 +321,14 @@ class Crew(Generic[R]):
             self.tell("left", why.member, f"{why}; no node has room for it, {len(self)} others do its work")
             return self.members[place % len(self)]
         self._begin(place)
+        if member not in self.members:  # it was lost again meanwhile, and found no place
+            return self.members[place % len(self)]
         self.tell("replaced", why.member, f"{why}; it was built anew, its unfinished work is asked again")
         return member
 
     def _begin(self, place: int) -> None:
-        for function, args in self._prepared:
-            self.fetch([self.at(place, function, *args)])
+        for function, args, kwargs in self._prepared:
+            self.fetch([self.at(place, function, *args, **kwargs)])
         assert self.revive is not None
         self.revive(place)
 
@@ -338,6 +345,8 @@ class Crew(Generic[R]):
             del self.away[name]
             self.members.insert(place, member)
             self._begin(place)
+            if member not in self.members:
+                return
             self.tell("joined", name, f"{name} is back: a node has room for it again")
 
     def stop(self) -> None:

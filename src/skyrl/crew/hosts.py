@@ -85,10 +85,10 @@ class Hosts:
         return [host for host in self.known.values() if not host.shares_run_dir]
 
     def home(self) -> Any:
-        """Ray's scheduling strategy for a member that keeps files in the run's folder: here, if that is not shared."""
+        """Ray's scheduling strategy for a member that keeps files in the run's folder: this host."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        return NodeAffinitySchedulingStrategy(_own_node(), soft=False) if self.apart() else "DEFAULT"
+        return NodeAffinitySchedulingStrategy(_own_node(), soft=False)
 
     @contextmanager
     def gathered(self, folder: Path, crew: Crew[Any]) -> Iterator[None]:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,10 @@ from skyrl.crew.crew import HISTORY, Member, MemberSpec, asked_for
 from skyrl.crew.door import enter, loopback, make_token
 from skyrl.crew.logs import keep_log
 from skyrl.crew.promise import Call, Promise, Seat, lineage
-from skyrl.records import CallRecord, MemberLost, SkyrlError
+from skyrl.records import CallRecord, ConfigError, MemberLost, SkyrlError
 from skyrl.settings import Config
 
+logger = logging.getLogger(__name__)
 COMMON_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -35,8 +37,13 @@ COMMON_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
-LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError)
-"""What Ray says of calls and values that went with a process or a host."""
+LOST = (
+    *(ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError),
+    *(ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError),
+)
+"""What Ray says of calls and values that went with a process or a host. OutOfMemoryError: Ray ended the process."""
+DYING_SECONDS = 5.0
+"""Within which Ray knows of a process that died: another one that computed with it may fail before."""
 LOOKING_SECONDS = 10.0
 """For a value that may be lost."""
 
@@ -60,12 +67,13 @@ class RayExecutor:
     ) -> None:
         self.restarts, self.setting, self.prepare, self.folder = restarts, setting, prepare, folder
         self.history: deque[CallRecord] = deque(maxlen=HISTORY)
+        self._seats: set[Seat] = set()
         self._names: dict[str, str] = {}
         """Ray's id of an actor → the member's name."""
 
     def __getstate__(self) -> dict[str, Any]:
         """In another process it calls members, and replaces none."""
-        return vars(self) | {"history": deque(maxlen=HISTORY), "prepare": None}
+        return vars(self) | {"history": deque(maxlen=HISTORY), "prepare": None, "_seats": set()}
 
     # ------------------------------------------------------------ members
 
@@ -81,8 +89,13 @@ class RayExecutor:
 
     def _occupy(self, seat: Seat) -> None:
         spec = seat.spec
-        if self.prepare is not None:
-            self.prepare()
+        try:
+            if self.prepare is not None:
+                self.prepare()
+        except ConfigError as error:
+            if seat.lives == 0:
+                raise
+            logger.warning("%s; if %s gets its place there, it will not start", error, spec.name)
         seat.lives += 1
         seat.instead, seat.methods = None, {}
         seat.actor = (
@@ -98,6 +111,7 @@ class RayExecutor:
             .remote(replace(spec, strategy=None))
         )
         self._names[seat.actor._actor_id.hex()] = spec.name
+        self._seats.add(seat)
         # Built now, beside the other members. A failure shows at the first call.
         seat.first = seat.actor.there.remote(), seat.actor.call.remote(_built, 1)
 
@@ -111,10 +125,11 @@ class RayExecutor:
         return any(node.get("CPU", 0) >= spec.cpus and node.get("GPU", 0) >= spec.gpus for node in free)
 
     def stop(self, member: Seat) -> None:
+        self._seats.discard(member)
         ray.kill(member.actor)
 
-    def host(self, member: Seat) -> str:
-        return str(ray.get(member.actor.call.remote(_host, 1))[0])
+    def host(self, member: Seat) -> Any:
+        return self.call(member, _host, 1, (), {})
 
     def seconds(self, member: Seat, name: str) -> float:
         return member.seconds.get(name, 0.0)
@@ -175,26 +190,31 @@ class RayExecutor:
         cause = getattr(error, "cause", None) or error  # what the member raised, or what became of its input
         calls = lineage(promises)
         if isinstance(error, ray.exceptions.GetTimeoutError):
-            lost = self._hanging(calls, timeout)
+            if not (lost := self._hanging(calls, timeout)):
+                return
         elif isinstance(cause, LOST):
             lost = self._dead(calls)
+        elif isinstance(cause, SkyrlError):
+            raise cause from error
         elif isinstance(error, ray.exceptions.RayTaskError):
-            # Anything but our own errors comes with the member's traceback.
-            raise (cause if isinstance(cause, SkyrlError) else SkyrlError(str(error))) from error
+            self._raise_death_of_a_peer(error)
+            raise SkyrlError(str(error)) from error  # it comes with the member's traceback
         else:
             raise SkyrlError(f"Ray: {error}") from error
         for call, loss in lost:
             if call.actor is call.seat.actor:  # not replaced meanwhile
-                why = self._with_log(call, loss)
-                if call.seat.lost is None:
-                    raise why from error
-                if call.tries > self.restarts:  # for each new member the same end
-                    raise SkyrlError(f"{why} ({self._tried(call)})") from error
-                taker = call.seat.lost(call.seat, why)
-                call.seat.instead = None if taker is call.seat else taker
+                self._replace(call, self._with_log(call, loss), error)
         again = self._ask_again(calls, cause)
         if not again and not lost:
             raise self._death(calls[-1], cause) from error
+
+    def _replace(self, call: Call, why: MemberLost, error: BaseException) -> None:
+        if call.seat.lost is None or self.restarts == 0:
+            raise why from error
+        if call.tries > self.restarts:  # for each new member the same end
+            raise SkyrlError(f"{why} ({self._tried(call)})") from error
+        if (taker := call.seat.lost(call.seat, why)) is not call.seat:
+            call.seat.instead = taker
 
     def _ask_again(self, calls: list[Call], cause: BaseException) -> int:
         """Make the calls again whose values are lost, and those that waited for them; how many."""
@@ -212,8 +232,15 @@ class RayExecutor:
 
     def _hanging(self, calls: list[Call], timeout: float) -> list[tuple[Call, MemberLost]]:
         """The calls that wait for nothing but their member."""
-        late = [call for call in calls if not _ready(call.told)]
+        late, ended = list[Call](), dict[int, float]()
+        for call in calls:
+            if not _ready(call.told):
+                late.append(call)
+            elif _failure(call.told) is None:
+                ended[id(call.seat)] = max(ended.get(id(call.seat), 0.0), ray.get(call.told)[1])
         roots = [call for call in late if all(_ready(one.call.told) for one in call.inputs)]
+        # A member that ended another call meanwhile has not been at this one for so long.
+        roots = [call for call in roots if time.time() - ended.get(id(call.seat), 0.0) >= timeout]
         names = sorted({f"{call.seat.spec.name} {call.name}" for call in roots})
         text = f"{', '.join(names)} took longer than {self.setting}={timeout:g} s"
         first = {id(call.seat): call for call in reversed(roots)}
@@ -224,10 +251,29 @@ class RayExecutor:
         found: dict[int, tuple[Call, MemberLost]] = {}
         for call in calls:
             if call.actor is call.seat.actor and id(call.seat) not in found:
-                cause = _failure(call.told)
-                if isinstance(cause, LOST) and str(getattr(cause, "actor_id", None)) == call.actor._actor_id.hex():
+                cause = _failure(call.told) if _ready(call.told) else None
+                # Not every error says whose it is; one of an input is not this member's.
+                whole = all(_failure(one.call.told) is None for one in call.inputs)
+                whose = getattr(cause, "actor_id", None) or (call.actor._actor_id.hex() if whole else "")
+                if isinstance(cause, LOST) and str(whose) == call.actor._actor_id.hex():
                     found[id(call.seat)] = call, self._death(call, cause)
         return list(found.values())
+
+    def _raise_death_of_a_peer(self, error: ray.exceptions.RayTaskError) -> None:
+        """A member that computed with one that died may fail before Ray tells of the death.
+
+        Raises:
+            MemberLost: naming the one that died, if one did whose crew replaces none.
+        """
+        seats = [seat for seat in self._seats if seat.lost is not None]
+        asked = {seat.actor.there.remote(): seat for seat in seats}  # those that live and are busy do not answer
+        deadline = time.monotonic() + DYING_SECONDS
+        while asked and (left := deadline - time.monotonic()) > 0:
+            for ref in ray.wait(list(asked), timeout=left, fetch_local=False)[0]:
+                seat = asked.pop(ref)
+                if isinstance(cause := _failure(ref), LOST):
+                    about = " ".join(str(cause).split()).split(" Some common causes include")[0]
+                    raise MemberLost(seat.spec.name, "", f"{seat.spec.name} died: {about}") from error
 
     def _is_lost(self, call: Call, deep: bool) -> bool:
         """Whether a call's values will never be there; ``deep`` looks for the values themselves."""
@@ -240,7 +286,11 @@ class RayExecutor:
 
     def _with_log(self, call: Call, why: MemberLost) -> MemberLost:
         """``why``, with where that is which the lost process wrote."""
-        kept = None if self.folder is None else keep_log(call.actor._actor_id.hex(), self.folder)
+        try:
+            kept = None if self.folder is None else keep_log(call.actor._actor_id.hex(), self.folder)
+        except (OSError, ValueError, RuntimeError) as error:  # the run goes on without it
+            logger.warning("the log of %s could not be kept: %s: %s", why.member, type(error).__name__, error)
+            return why
         return why if kept is None else MemberLost(why.member, why.call, f"{why}; its log: {kept}")
 
     def _death(self, call: Call, error: Any) -> MemberLost:

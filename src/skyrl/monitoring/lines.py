@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 from skyrl.monitoring.records import unwritable
@@ -42,6 +44,17 @@ class LineFile:
         except OSError as error:
             if len(self._waiting) == 1:
                 logger.warning("%s; what comes is kept in memory and tried again", unwritable(self.path, error))
+
+    def cut(self, keep: Callable[[str], bool]) -> None:
+        """Let go of the first line that ``keep`` does not want, and of all behind it. Needs no room on the disk."""
+        self._waiting = list(takewhile(lambda line: keep(line.decode()), self._waiting))
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
+        kept = sum(len(line) for line in takewhile(lambda line: keep(line.decode()), lines))
+        if kept < self._size:
+            self._waiting = []
+            self._file.truncate(kept)
+            self._size = kept
 
     def close(self) -> None:
         """Write what waits, and close.
