@@ -222,7 +222,7 @@ def compare(name: str, alone: Path, folder: Path, strikes: list[Struck]) -> Outc
 
 
 def unaccounted(run: Path, trained: set[str]) -> int:
-    """Prompts that were taken from the data up to the last step, and were neither trained on nor left to a later one."""
+    """Prompts taken from the data up to the last step, neither trained on nor left to a later one."""
     newest = max(run.glob("checkpoints/step_*/state.json"))
     state = json.loads(newest.read_text())
     return int(state["stream"]["position"]) - len(trained) - int(state["left"])
