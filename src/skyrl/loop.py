@@ -130,6 +130,9 @@ class Loop:
                 self._save()
         if self.stop_after_step and self._saved < self.step:  # it was set behind the step's own look
             self._save()
+        if self.stop_after_step:
+            kept = f"after step {self.step}, with a checkpoint" if self.step else "before the first step"
+            self._tell("stopped", "", f"stopped {kept}")
         if self.cfg.checkpoint.export and self.step == self.cfg.controller.steps:
             with self.system.hosts.gathered(self.run_dir / "policy", self.system.learners):
                 self.system.learners.each(LearnerStep.export, self.run_dir / "policy")

@@ -299,8 +299,8 @@ class Event:
     step: int
     """The step that was going on."""
     kind: str
-    """``alarm``; ``unsaved``, of a checkpoint; or of members: ``replaced``, ``left``, ``joined``, and ``restarted`` for
-    the learner."""
+    """``alarm``; ``resumed`` and ``stopped``, of the run; ``unsaved``, of a checkpoint; or of members: ``replaced``,
+    ``left``, ``joined``, and ``restarted`` for the learner."""
     member: str
     """Whom it is about; "" for the run as a whole."""
     text: str

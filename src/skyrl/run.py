@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ from skyrl.monitoring.sinks import (
 from skyrl.monitoring.summary import print_summary, write_summary
 from skyrl.monitoring.timeline import FOLDER, Timeline
 from skyrl.policy.hub import model_folder
-from skyrl.records import Metrics
+from skyrl.records import ConfigError, Event, Metrics
 from skyrl.redaction import hide_variables, redact, redacted
 from skyrl.rollout.sampler import Sampler
 from skyrl.settings import Config, Overlong, WandbMode
@@ -82,7 +83,11 @@ def run(cfg: Config, executor: Executor | None = None) -> dict[str, Any]:
         run_dir = new_folder(run_dir)
     else:  # a resumed run goes on in its old folder, if it can: seen before anything starts
         run_dir = checkpoint.parents[1]
-        read_state(checkpoint)
+        if (step := read_state(checkpoint)["step"]) > cfg.controller.steps:
+            raise ConfigError(
+                f"controller.steps={cfg.controller.steps}: the run that shall go on is at step {step} already "
+                f"({checkpoint}); allowed: {step} or more"
+            )
         files.read_state(checkpoint / "learner", cfg)
     cfg = cfg.model_copy(update={"run_dir": str(run_dir)})
     with held(run_dir):
@@ -139,6 +144,8 @@ def _train(cfg: Config, run_dir: Path, checkpoint: Path | None, executor: Execut
             if cfg.data.overlong is Overlong.drop:
                 loop.sink.log(loop.step, {f"data/left_out_{s}": float(given[s] - size) for s, size in sizes.items()})
             loop.sink.log(loop.step, _data_metrics(checked, sizes))
+            if checkpoint is not None:
+                loop.sink.event(Event(time.time(), loop.step, "resumed", "", f"goes on from {checkpoint}"))
             with stops_on_signals(loop):
                 loop.run()
             if loop.step < cfg.controller.steps:  # it was stopped, and has saved

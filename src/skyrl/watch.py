@@ -166,7 +166,13 @@ def _head(seen: Seen) -> str:
         left = None if step_time is None else (steps - seen.step) * step_time
         parts += ["going on", f"about {duration(left)} of training left"]
     else:
-        parts.append("ended" if seen.ended else "stopped without a summary: interrupted, failed, or on another host")
+        last = seen.events[-1] if seen.events else None
+        if seen.ended:
+            parts.append("ended")
+        elif last is not None and last.kind == "stopped":
+            parts.append(f"{last.text}; resume=auto goes on")
+        else:
+            parts.append("ended without a summary: interrupted, failed, or on another host")
     if seen.age is not None:
         parts.append(f"last number {duration(seen.age)} ago")
     return " | ".join(parts)

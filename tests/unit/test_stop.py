@@ -13,7 +13,9 @@ from tiny_runs import Watched, config, numbers, policy_folder, run_loop
 
 from skyrl.checkpoint import Checkpoints
 from skyrl.loop import Loop
+from skyrl.monitoring.events import read_events
 from skyrl.monitoring.records import read_metrics
+from skyrl.records import ConfigError
 from skyrl.run import run, stops_on_signals
 from skyrl.settings import Config
 
@@ -92,11 +94,18 @@ def test_a_stopped_run_is_resumed_as_the_uninterrupted_one(tmp_path: Path, at: i
     assert [path.name for path in Checkpoints(folder, 2).complete()] == [f"step_{at:06d}"]
     assert not (folder / "policy").exists() and not (folder / "summary.json").exists()
     run(whole_run(folder, policy, "auto"), Watched())
+    assert [(event.kind, event.step) for event in read_events(folder) if event.kind != "alarm"] == [
+        ("stopped", at), ("resumed", at)
+    ]  # fmt: skip
     found: dict[int, dict[str, float]] = {}
     for line in read_metrics(folder / "metrics.jsonl"):
         if "time/step" in line:
             found[int(line["step"])] = line
     assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
+    shorter = whole_run(folder, policy, "auto")
+    shorter.controller.steps = STEPS - 1
+    with pytest.raises(ConfigError, match=rf"controller.steps={STEPS - 1}: .* is at step {STEPS} already"):
+        run(shorter, Watched())
     for step, values in expected.items():
         same = {name: found[step][name] for name in values}
         assert same == pytest.approx(values, rel=0, abs=0, nan_ok=True), step

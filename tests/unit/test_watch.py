@@ -102,7 +102,7 @@ def test_a_log_file_gets_whole_plain_lines_with_alarms_first_and_advice_last(tmp
     text = shown(run)
     lines = text.splitlines()
     assert "\x1b" not in text and "[red]x[/red]" in text
-    assert lines[0].startswith(f"tiny {run} | step 3/10 | stopped without a summary")
+    assert lines[0].startswith(f"tiny {run} | step 3/10 | ended without a summary")
     assert lines[1] == "ALARM  answers-cut-off, since step 2: each answer is cut off"
     assert "rewards-never-differ" not in text
     assert "  rollout-0 ████████████········  60 % busy: generate 6.00 | waits in learner 3.00" in lines
@@ -186,7 +186,7 @@ def test_it_follows_a_run_to_its_end_and_prints_a_block_for_each_step(tmp_path: 
     assert not follower.is_alive()
     heads = [line.split(" | ")[1:3] for line in file.getvalue().splitlines() if line.startswith("tiny")]
     assert heads[:3] == [[f"step {step}/10", "going on"] for step in (1, 2, 3)]
-    assert heads[3][1].startswith("stopped") and len(heads) == 4
+    assert heads[3][1].startswith("ended without") and len(heads) == 4
 
 
 def test_a_terminal_gets_a_view_that_renews_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
