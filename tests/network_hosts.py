@@ -24,7 +24,13 @@ hostname {name}
 mount --bind {root}/etc_hosts /etc/hosts
 mount -t tmpfs tmpfs /dev/shm
 mount --bind {root}/home /mnt
-mount -t tmpfs tmpfs /tmp
+mkdir /dev/shm/tmp
+mount -t tmpfs tmpfs /dev/shm/tmp
+case {project} in /tmp/*)
+  mkdir -p /dev/shm{project}
+  mount --bind {project} /dev/shm{project};;
+esac
+mount --rbind /dev/shm/tmp /tmp
 echo up > /mnt/.up
 trap : TERM
 while :; do sleep 1 & wait; done
@@ -137,7 +143,7 @@ def network(folder: Path, names: Sequence[str], hosts_line: str = "{address} {na
             ):
                 _ip("-n", f"sk-{name}", *arguments)
             hold = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c"]
-            holders.append(subprocess.Popen([*within, *hold, HOLD.format(name=name, root=root)]))
+            holders.append(subprocess.Popen([*within, *hold, HOLD.format(name=name, root=root, project=PROJECT)]))
             while not (root / "home" / ".up").exists():
                 if holders[-1].poll() is not None:
                     raise RuntimeError(f"host {name} could not be made")
