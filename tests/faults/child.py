@@ -95,7 +95,7 @@ class Plan:
         return cfg
 
 
-MISSED = 25
+MISSED = 12
 """Steps after which a strike that nobody came to is given up, and the next one has its turn."""
 
 

@@ -10,8 +10,6 @@ from tests.faults.child import Plan
 from tests.faults.points import BY_NAME, Point
 from tests.faults.striking import Strike, points_of
 
-MEMBERS = {"rollout": ["rollout-0", "rollout-1"], "reward": ["reward-0", "reward-1"], "buffer": ["sample-buffer"]}
-"""Names of the members of a role; the learner's depend on the number of ranks, others have the role's name."""
 SECOND = {
     "rollout/building": "rollout/idle",
     "reward/building": "reward/idle",
@@ -37,7 +35,7 @@ def strikes(plan: Iterable[tuple[str, str, str]]) -> list[Strike]:
     return [Strike(number, *one) for number, one in enumerate(plan)]
 
 
-def every_point(points: list[Point], ranks: int, steps: int, others: bool = True) -> list[Strike]:
+def every_point(points: list[Point], plan: Plan, others: bool = True) -> list[Strike]:
     """A SIGKILL at each of the points, the members of a role in turn.
 
     Args:
@@ -51,12 +49,13 @@ def every_point(points: list[Point], ranks: int, steps: int, others: bool = True
         chosen += [Strike(0, name, "", "STOP") for name in STOPPED if name in there]
         chosen += [Strike(0, name, "", "PAUSE") for name in PAUSED if name in there]
     ends = [name for name in ENDS if name in there]  # together: no step comes behind the first of them
-    chosen += [Strike(0, name, "", step=steps - 1, along=place > 0) for place, name in enumerate(ends)]
+    chosen += [Strike(0, name, "", step=plan.steps - 1, along=place > 0) for place, name in enumerate(ends)]
+    counts = {"rollout": plan.rollouts, "reward": plan.rewards, "learner": plan.ranks}
     found: list[Strike] = []
     for number, one in enumerate(chosen):
         role = one.point.partition("/")[0]
-        names = MEMBERS.get(role) or ([f"learner-{i}" for i in range(ranks)] if role == "learner" else [role])
-        member = names[0 if one.point in FIRST else number % len(names)]
+        place = 0 if one.point in FIRST else number % counts.get(role, 1)
+        member = {"buffer": "sample-buffer"}.get(role, f"{role}-{place}" if role in counts else role)
         found.append(replace(one, number=number, member=found[-1].member if one.along else member))
     return found
 
@@ -67,7 +66,7 @@ def _plan(
     """Strikes at the points of the roles, or at the named ones."""
     plan = Plan(policy, steps, **settings)
     points = [point for role in roles for point in points_of(role, plan.kinds)] + [BY_NAME[name] for name in only]
-    return replace(plan, strikes=every_point(points, plan.ranks, steps, others))
+    return replace(plan, strikes=every_point(points, plan, others))
 
 
 def nightly(policy: str) -> dict[str, Plan]:

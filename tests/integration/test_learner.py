@@ -107,7 +107,8 @@ def test_ranks_stages_and_micro_batches_change_nothing(results: Any, world_size:
         assert gradient_error(run["gradients"][step], base["gradients"][step]) < 1e-5
         assert distance(run["weights"][step], base["weights"][step]) < 1e-5
         got, want = dict(run["metrics"][step]), dict(base["metrics"][step])
-        del got["learner/micro_batches"], want["learner/micro_batches"]
+        for name in ("learner/micro_batches", "learner/whole_steps"):  # ZeRO-3's pieces have other weights to look at
+            del got[name], want[name]
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
     if world_size == 1 and stage in WHOLE:
         large = results[1, 0]["large", stage]

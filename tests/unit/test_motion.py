@@ -13,6 +13,11 @@ from skyrl.settings.system import LoraConfig
 LR = 1e-3
 
 
+def alone(counts: torch.Tensor) -> torch.Tensor:
+    """The sum over one rank."""
+    return counts
+
+
 def parameters() -> dict[str, nn.Parameter]:
     torch.manual_seed(0)
     shapes = {"vision_model.layer.weight": (40, 5), "connector.weight": (3, 3), "text_model.layer.weight": (100,)}
@@ -33,14 +38,14 @@ def test_the_first_step_of_adam_moves_all_by_the_learning_rate_and_no_later_one(
     for seed in range(3):
         before = motion.look()
         step(named, optimizer, seed)
-        found = motion.since(before, LR)
+        found = motion.since(before, LR, alone)
         assert {found[f"learner/moved/{module}"] for module in ("vision", "adapter", "language")} == {1.0}
         whole.append(found["learner/whole_steps"])
     assert whole[0] > 0.95 and max(whole[1:]) < 0.2
     optimizer.state.clear()  # as after a checkpoint without it
     before = motion.look()
     step(named, optimizer, seed=9)
-    assert motion.since(before, LR)["learner/whole_steps"] > 0.95
+    assert motion.since(before, LR, alone)["learner/whole_steps"] > 0.95
 
 
 def test_a_module_that_shall_train_and_does_not_move() -> None:
@@ -50,11 +55,11 @@ def test_a_module_that_shall_train_and_does_not_move() -> None:
     before = motion.look()
     with torch.no_grad():
         named["text_model.layer.weight"].add_(LR)
-    found = motion.since(before, LR)
+    found = motion.since(before, LR, alone)
     assert (found["learner/moved/vision"], found["learner/moved/language"]) == (0.0, 1.0)
     language = LearnerConfig(trainable=Trainable.language_and_adapter)
-    assert "learner/moved/vision" not in Motion(named.items(), language).since(before[LOOKED_AT:], LR)
-    still = motion.since(motion.look(), LR)
+    assert "learner/moved/vision" not in Motion(named.items(), language).since(before[LOOKED_AT:], LR, alone)
+    still = motion.since(motion.look(), LR, alone)
     assert "learner/whole_steps" not in still and still["learner/moved/language"] == 0
 
 
@@ -66,7 +71,7 @@ def test_the_first_picture_of_a_run_looks_like_no_lost_optimizer() -> None:
         step(text, optimizer, seed)  # without a picture the others have no gradient
     before = motion.look()
     step(named, optimizer, seed=3)
-    assert motion.since(before, LR)["learner/whole_steps"] < 0.2
+    assert motion.since(before, LR, alone)["learner/whole_steps"] < 0.2
 
 
 def test_with_lora_only_the_factors_count() -> None:
@@ -81,7 +86,7 @@ def test_with_lora_only_the_factors_count() -> None:
     assert len(before) == 2 * 16
     with torch.no_grad():
         named[names[2]].add_(LR)
-    assert motion.since(before, LR) == {"learner/moved/language": 0.5, "learner/whole_steps": 1.0}
+    assert motion.since(before, LR, alone) == {"learner/moved/language": 0.5, "learner/whole_steps": 1.0}
 
 
 @pytest.mark.parametrize("size", [1, LOOKED_AT - 1, LOOKED_AT, 10 * LOOKED_AT])
@@ -97,4 +102,4 @@ def test_weights_whose_last_place_is_coarser_than_the_step_say_nothing() -> None
     before = motion.look()
     with torch.no_grad():
         weights.add_(LR)
-    assert motion.since(before, LR) == {"learner/moved/language": 1.0}
+    assert motion.since(before, LR, alone) == {"learner/moved/language": 1.0}

@@ -7,8 +7,7 @@ the weights shows in a few of them.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -17,6 +16,7 @@ from skyrl.policy.module import TRAINED, module_of
 from skyrl.records import Metrics
 from skyrl.settings import LearnerConfig
 
+MODULES = ("vision", "adapter", "language")
 LOOKED_AT = 32
 """Weights of each trained tensor, spread over it."""
 WHOLE = 0.02
@@ -55,16 +55,22 @@ class Motion:
         parts = [own.detach().reshape(-1)[places] for own, places in self._seen]
         return torch.cat(parts).float().cpu() if parts else torch.zeros(0)
 
-    def since(self, before: torch.Tensor, lr: float) -> Metrics:
+    def since(self, before: torch.Tensor, lr: float, total: Callable[[torch.Tensor], torch.Tensor]) -> Metrics:
         """``learner/moved/<module>`` and ``learner/whole_steps`` of an optimizer step with the learning rate ``lr``,
         since :meth:`look` gave ``before``. A module without such tensors has no entry; ``whole_steps`` has none if
-        nothing moved."""
-        change, of_module = (self.look() - before).abs(), defaultdict[str, list[bool]](list)
-        for module, part in zip(self._modules, change.split(self._counts), strict=True):
-            of_module[module].append(bool(part.any()))
-        found = {f"learner/moved/{module}": sum(moved) / len(moved) for module, moved in of_module.items()}
+        nothing moved.
+
+        Args:
+            total: Adds up a vector over the ranks, which may hold pieces; every rank calls it.
+        """
+        change = (self.look() - before).abs()
+        moved = torch.tensor([bool(part.any()) for part in change.split(self._counts)], dtype=torch.bool)
         told = (change > 0) & self._every_step.repeat_interleave(torch.tensor(self._counts, dtype=torch.int64))
         told &= COARSE * (before.abs().nextafter(torch.tensor(torch.inf)) - before.abs()) < lr
-        if told.any():
-            found["learner/whole_steps"] = float(((change[told] - lr).abs() <= WHOLE * lr).float().mean())
-        return found
+        whole = told & ((change - lr).abs() <= WHOLE * lr)
+        own = [torch.tensor([module == one for one in self._modules], dtype=torch.bool) for module in MODULES]
+        counts = [(moved & part).sum() for part in own] + [part.sum() for part in own] + [whole.sum(), told.sum()]
+        found = total(torch.tensor(counts, dtype=torch.float64)).tolist()
+        shares = zip((f"learner/moved/{module}" for module in MODULES), found[:3], found[3:6], strict=True)
+        metrics = {name: count / tensors for name, count, tensors in shares if tensors}
+        return metrics | ({"learner/whole_steps": found[6] / found[7]} if found[7] else {})

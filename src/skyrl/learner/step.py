@@ -170,7 +170,7 @@ class LearnerStep:
         if self.cfg.model.dtype != "float16":  # float16 has a loss scale that is found by stepping over overflows
             require_finite(batch.step, "the gradient norm", norm)
         metrics |= self._refresh_reference(batch.step, trained, metrics.get("mpo/kl_reference"))
-        metrics |= self._tower_hits() | self._motion.since(before, lr)
+        metrics |= self._tower_hits() | self._motion.since(before, lr, self._over_ranks)
         return metrics | {
             "mpo/pairs": float(counts.pairs),
             "learner/grad_norm": norm,
@@ -181,6 +181,9 @@ class LearnerStep:
             "learner/shared_rows": float(self.forests),
             "learner/micro_batches": float(len(share.parts)),
         }
+
+    def _over_ranks(self, counts: Tensor) -> Tensor:
+        return self.backend.reduce(counts.to(self.backend.device), "sum")
 
     def _tower_hits(self) -> Metrics:
         """Of the pictures asked for since the last step. Nothing where no tower was asked."""
