@@ -150,5 +150,5 @@ class VirtualExecutor:
     def forget(self, promises: Sequence[Promise]) -> None:
         """A value needs nothing to be made from."""
 
-    def host(self, member: VirtualMember) -> str:
-        return "127.0.0.1"
+    def host(self, member: VirtualMember) -> Promise:
+        return Promise("127.0.0.1", self.now, f"{member.name} host")
