@@ -23,7 +23,7 @@ TEN = [
     ("reward/verifying", "reward-1", "KILL"),
     ("rollout/idle", "rollout-0", "KILL"),
     ("learner/half_saved", "learner-0", "KILL"),
-    ("driver/unmarked", "driver", "KILL"),
+    ("reward/idle", "reward-1", "KILL"),
 ]
 
 
