@@ -2,7 +2,7 @@
 
 ::
 
-    python -m benchmarks.overlap time [--steps 12]      # 6 minutes on two quiet cores
+    python -m benchmarks.overlap time [--only lag1 …]   # 3 minutes on two quiet cores
     python -m benchmarks.overlap accuracy [--seeds 5]   # 3 minutes a run, 2 runs a seed; goes on where it stopped
     python -m benchmarks.overlap table
 
@@ -10,7 +10,8 @@
 on its share of the cores (``lag1``), on all of them both (``lag1_all_cores``), and with two rollout workers
 (``lag1_two_workers``). The limit that no overlap can beat is measured in the same rounds: ``Sampler.generate`` and a
 learner step without optimizer on the prompts and tokens of that round's ``lag0`` step, both at once, each on its share
-of the cores and without Ray; the longer one counts.
+of the cores and without Ray; the longer one counts. ``lag0`` has two rollout and two reward workers, as the default run
+has (conf/model/digits.yaml); the others one of each, which is faster with a lag on two cores.
 
 ``accuracy``: the default run (40 steps) with lag 0 and lag 1 for each seed (order of prompts, sampling, replay), each
 finished run a line of OUT/overlap_accuracy.jsonl. Equal time is 40 steps of ``lag1`` as ``time`` clocked them, for a
@@ -34,12 +35,15 @@ from benchmarks import _turns, step_time
 from benchmarks._system import embedded_models
 from benchmarks._turns import ROOT, Block, Side, Spread, python, started, turn
 
-SHARED, ALL = (dict.fromkeys(("rollout.threads", "learner.threads", "reward.threads"), count) for count in (1, 2))
+ONE = {"rollout.num_workers": 1, "reward.num_workers": 1}
+SHARED, ALL = (
+    ONE | dict.fromkeys(("rollout.threads", "learner.threads", "reward.threads"), count) for count in (1, 2)
+)
 VARIANTS: dict[str, dict[str, int]] = {
     "lag0": {},
     "lag1": {"controller.lag": 1} | SHARED,
     "lag1_all_cores": {"controller.lag": 1} | ALL,
-    "lag1_two_workers": {"controller.lag": 1, "rollout.num_workers": 2} | SHARED,
+    "lag1_two_workers": SHARED | {"controller.lag": 1, "rollout.num_workers": 2},
 }
 """Name → settings. The shares are those of two cores."""
 RUNS = {name: VARIANTS[name] for name in ("lag0", "lag1")}
@@ -57,15 +61,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="rounds of `time` that count")
     parser.add_argument("--warm-up", type=int, default=5, help="rounds before those")
     parser.add_argument(
-        "--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="of `time`; lag0 always"
+        "--only", nargs="+", choices=list(VARIANTS), default=["lag1"], help="of `time`, beside lag0; each takes 4 to 6 GiB"
     )
+    parser.add_argument("--prompts", type=int, default=64, help="of a step of `time`; the default run has 64")
     parser.add_argument("--seeds", type=int, default=5, help="of `accuracy`")
     parser.add_argument("--length", type=int, default=40, help="steps of a run of `accuracy`")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "benchmarks", help="folder of the results")
-    parser.add_argument("--whole", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--whole", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.whole:
-        step_time.serve(_config(given.whole[0]), Path(given.whole[1]))
+        name, prompts, folder = given.whole
+        step_time.serve(_config(name, int(prompts)), Path(folder))
         return
     given.out.mkdir(parents=True, exist_ok=True)
     if given.command == "time":
@@ -79,9 +85,9 @@ def main() -> None:
     print(table(given.out))
 
 
-def _config(name: str) -> Any:
+def _config(name: str, prompts: int) -> Any:
     cfg = step_time.config()
-    cfg.name = name
+    cfg.name, cfg.rollout.prompts_per_step = name, prompts
     for key, value in VARIANTS[name].items():
         group, setting = key.split(".")
         setattr(getattr(cfg, group), setting, value)
@@ -92,11 +98,11 @@ def _measure(work: Path, names: list[str], given: Any) -> dict[str, Any]:
     """All turns of `time`."""
     from skyrl.crew.ray_executor import COMMON_ENVIRONMENT
 
-    cores = os.cpu_count() or 1
+    cores, count = os.cpu_count() or 1, str(given.prompts)
     for name in names:
         (work / name).mkdir()
     wholes = [
-        Side(name, python("benchmarks.overlap", "time", "--whole", name, str(work / name)), {}, work / f"{name}.log")
+        Side(name, python("benchmarks.overlap", "time", "--whole", name, count, str(work / name)), {}, work / f"{name}.log")
         for name in names
     ]
     with started(wholes):
@@ -121,6 +127,7 @@ def _measure(work: Path, names: list[str], given: Any) -> dict[str, Any]:
     steps = {name: [block.report["time/step"] for block in blocks if block.side == name] for name in names}
     return {
         "machine": _turns.machine(),
+        "prompts": given.prompts,
         "step": {name: Spread.of(found) for name, found in steps.items()},
         "limit": Spread.of(limits),
         "share": {

@@ -79,6 +79,7 @@ def config() -> Any:
 
     cfg = Config(name="benchmark")
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt = PROMPTS, SAMPLES
+    cfg.rollout.num_workers = cfg.reward.num_workers = 2  # as conf/model/digits.yaml
     cfg.learner.lr = 1e-12
     cfg.data.eval_size = 16
     cfg.cluster.dashboard = False

@@ -59,13 +59,14 @@ def in_process(workers: int, lengths: Lengths, steps: int = 24, prompts: int | N
 
 
 class ByName:
-    """The stand-in's function of the same name as a role's."""
+    """The stand-in's function of the same name as a role's, if it has one."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.name, self.__qualname__ = function.__name__, call_name(function)
+        self.function, self.__qualname__ = function, call_name(function)
 
     def __call__(self, part: Any, *args: Any, **kwargs: Any) -> Any:
-        made = getattr(part, self.name)(*args, **kwargs)
+        own = getattr(part, self.function.__name__, None)
+        made = self.function(part, *args, **kwargs) if own is None else own(*args, **kwargs)
         return made.value if isinstance(made, Took) else made
 
 

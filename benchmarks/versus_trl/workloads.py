@@ -43,6 +43,8 @@ class Workload:
     """There is a reward model, so the default's whole can run too."""
     steps: int = 12
     """Turns that count, unless ``--steps`` says otherwise: fewer where one takes long."""
+    workers: int = 2
+    """Rollout and reward workers of ours, each: the default of the embedded policy (conf/model/digits.yaml)."""
     trl_rows: int = 64
     """Rows of one forward pass of TRL; 256 took as much processor time on ``default``, and more memory."""
 
@@ -80,6 +82,7 @@ def config(name: str, kind: str) -> Config:
     cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt = load.prompts, load.samples
     cfg.rollout.max_prompt_tokens, cfg.rollout.max_new_tokens = load.max_prompt_tokens, load.max_new_tokens
     cfg.rollout.temperature = load.temperature
+    cfg.rollout.num_workers = cfg.reward.num_workers = load.workers
     cfg.digits.text_share = 0.0  # TRL 1.16 can't ask some prompts with a picture and some without in one step
     cfg.learner.lr, cfg.learner.warmup_steps = LR, 0
     cfg.cluster.dashboard = False
