@@ -36,9 +36,7 @@ from benchmarks._system import embedded_models
 from benchmarks._turns import ROOT, Block, Side, Spread, python, started, turn
 
 ONE = {"rollout.num_workers": 1, "reward.num_workers": 1}
-SHARED, ALL = (
-    ONE | dict.fromkeys(("rollout.threads", "learner.threads", "reward.threads"), count) for count in (1, 2)
-)
+SHARED, ALL = (ONE | dict.fromkeys(("rollout.threads", "learner.threads", "reward.threads"), count) for count in (1, 2))
 VARIANTS: dict[str, dict[str, int]] = {
     "lag0": {},
     "lag1": {"controller.lag": 1} | SHARED,
@@ -61,7 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="rounds of `time` that count")
     parser.add_argument("--warm-up", type=int, default=5, help="rounds before those")
     parser.add_argument(
-        "--only", nargs="+", choices=list(VARIANTS), default=["lag1"], help="of `time`, beside lag0; each takes 4 to 6 GiB"
+        "--only", nargs="+", choices=list(VARIANTS), default=["lag1"], help="of `time`, beside lag0; 4 to 6 GiB each"
     )
     parser.add_argument("--prompts", type=int, default=64, help="of a step of `time`; the default run has 64")
     parser.add_argument("--seeds", type=int, default=5, help="of `accuracy`")
@@ -102,7 +100,12 @@ def _measure(work: Path, names: list[str], given: Any) -> dict[str, Any]:
     for name in names:
         (work / name).mkdir()
     wholes = [
-        Side(name, python("benchmarks.overlap", "time", "--whole", name, count, str(work / name)), {}, work / f"{name}.log")
+        Side(
+            name,
+            python("benchmarks.overlap", "time", "--whole", name, count, str(work / name)),
+            {},
+            work / f"{name}.log",
+        )
         for name in names
     ]
     with started(wholes):

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
 from skyrl.loop import Loop

@@ -50,7 +50,8 @@ class Worker:
 
     def run(self, job: Job, commit: str) -> Row:
         from skyrl.cli import compose_config
-        from skyrl.crew.crew import Crew, LocalExecutor
+        from skyrl.crew.crew import Crew
+        from skyrl.crew.local_executor import LocalExecutor
         from skyrl.crew.placement import Placement
         from skyrl.data.stream import PromptStream
         from skyrl.loop import Loop

@@ -126,7 +126,7 @@ def attempt(settings: Sequence[str], fault: Fault | None = None, base: Sequence[
 
 def _run(settings: Sequence[str], run_dir: Path) -> Outcome:
     from skyrl.cli import compose_config
-    from skyrl.crew.crew import LocalExecutor
+    from skyrl.crew.local_executor import LocalExecutor
     from skyrl.loop import Loop
     from skyrl.monitoring.events import ALARM, read_events
     from skyrl.run import run

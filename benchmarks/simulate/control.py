@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from skyrl.crew.crew import MemberSpec, call_name
+from skyrl.crew.executor import MemberSpec, call_name
 from skyrl.crew.ray_executor import RayExecutor
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep

@@ -14,7 +14,7 @@ from skyrl.cli import read_settings, run_command
 from skyrl.settings import Config
 
 if TYPE_CHECKING:
-    from skyrl.crew.crew import Executor
+    from skyrl.crew.executor import Executor
     from skyrl.system import System
 
 HELP = """\

@@ -21,8 +21,8 @@ from skyrl.checks.data import repeated
 from skyrl.checks.policy import readable
 from skyrl.checks.prompts import first_prompts
 from skyrl.checks.subject import Subject
-from skyrl.crew.crew import Executor
 from skyrl.crew.door import opened
+from skyrl.crew.executor import Executor
 from skyrl.crew.ray_executor import ray_session
 from skyrl.data.datasets import check_size
 from skyrl.data.stream import prompt_stream

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from skyrl.batch.batcher import Batcher
-from skyrl.crew.crew import Crew, Executor, LocalExecutor, MemberSpec
+from skyrl.crew.crew import Crew
+from skyrl.crew.executor import Executor, MemberSpec
 from skyrl.crew.hosts import Hosts, hosts_of
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.crew.placement import Placement, check_resources, wait_for_room
 from skyrl.learner.step import LearnerStep
 from skyrl.records import Begun, ConfigError, DataError, RolloutRequest, SampleGroup

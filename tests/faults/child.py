@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl.cli import run_command
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.settings import Config, KeptSamples
 from tests.faults.striking import Folder, Strike, Watch, make_mortal, points_of, send
 

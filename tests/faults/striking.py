@@ -19,7 +19,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from skyrl.crew.crew import MemberSpec
+from skyrl.crew.executor import MemberSpec
 from skyrl.crew.ray_executor import RayExecutor
 from tests.faults.points import POINTS, Point
 

@@ -19,7 +19,7 @@ import tiny_runs
 
 from benchmarks.same_numbers import values
 from skyrl.checkpoint import Checkpoints, verify
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.monitoring.events import read_events
 from skyrl.monitoring.sinks import JsonlSink
 from skyrl.records import SkyrlError

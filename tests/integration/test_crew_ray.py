@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from skyrl.crew.crew import Crew, MemberSpec
+from skyrl.crew.crew import Crew
+from skyrl.crew.executor import MemberSpec
 from skyrl.crew.promise import Promise
 from skyrl.crew.ray_executor import RayExecutor, ray_session
 from skyrl.records import DataError, MemberLost, SkyrlError

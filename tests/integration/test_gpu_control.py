@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import ray
 
-from skyrl.crew.crew import Crew, LocalExecutor, MemberSpec
+from skyrl.crew.crew import Crew
+from skyrl.crew.executor import MemberSpec
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.crew.placement import Placement, check_resources
 from skyrl.crew.ray_executor import RayExecutor
 from skyrl.records import ConfigError, SkyrlError, SyncError

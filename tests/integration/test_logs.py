@@ -13,7 +13,8 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from skyrl.crew import logs
-from skyrl.crew.crew import Crew, MemberSpec
+from skyrl.crew.crew import Crew
+from skyrl.crew.executor import MemberSpec
 from skyrl.crew.logs import keep_log
 from skyrl.crew.ray_executor import RayExecutor, ray_session
 from skyrl.records import MemberLost

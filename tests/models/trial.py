@@ -135,7 +135,9 @@ def _rollout(result: Result, done: dict[str, Any], folder: str, pictures: bool, 
 
 
 def _logprobs(result: Result, done: dict[str, Any], folder: str, pictures: bool, dtype: str, work: Any) -> None:
-    from skyrl.crew.crew import Crew, LocalExecutor, MemberSpec
+    from skyrl.crew.crew import Crew
+    from skyrl.crew.executor import MemberSpec
+    from skyrl.crew.local_executor import LocalExecutor
     from skyrl.learner.step import LearnerStep
     from skyrl.records import SkyrlError
     from skyrl.rollout.sampler import Sampler

@@ -14,7 +14,7 @@ from plain_backend import PlainBackend
 from tiny_runs import config, policy_folder, run_loop
 
 from skyrl import run as module
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.data.parquet import write_parquet
 from skyrl.digits.scenes import DigitScenes
 from skyrl.monitoring.alarms.watch import Watch

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from skyrl.crew.crew import Crew, LocalExecutor, MemberSpec, cut
+from skyrl.crew.crew import Crew
+from skyrl.crew.executor import MemberSpec, cut
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.records import CallRecord, MemberLost, RolloutRequest, SkyrlError
 
 

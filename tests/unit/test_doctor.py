@@ -29,7 +29,7 @@ from skyrl.checks import all as every
 from skyrl.checks import data, machine, policy
 from skyrl.checks.all import CHECKS, cheap_checks, run_checks
 from skyrl.checks.subject import Check, Skip, Subject
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.digits.scenes import DigitScenes
 from skyrl.policy.encode import PromptEncoder
 from skyrl.records import ConfigError, DataError, Prompt, SkyrlError, SyncError

@@ -16,7 +16,7 @@ from plain_engine import PlainEngine
 from rich.console import Console
 from tiny_runs import config, policy_folder, run_loop
 
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.evaluate import evaluate
 from skyrl.evaluation.answers import Answer, AnswerStore, judged
 from skyrl.evaluation.outcome import task_numbers

@@ -11,7 +11,7 @@ from tiny_models import processor, random_model
 from tiny_runs import config
 
 from skyrl import run as module
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.data.parquet import write_parquet
 from skyrl.data.pictures import encode_png
 from skyrl.digits.scenes import DigitScenes

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from tiny_runs import PROMPTS, Watched, config, numbers, policy_folder, run_loop
 
-from skyrl.crew.crew import LocalExecutor, Member, MemberSpec
+from skyrl.crew.executor import Member, MemberSpec
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.data.stream import PromptStream
 from skyrl.learner.step import LearnerStep
 from skyrl.records import ConfigError, MemberLost, SampleGroup, SkyrlError, SyncError, TrainBatch

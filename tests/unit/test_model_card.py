@@ -13,7 +13,7 @@ import yaml
 from tiny_runs import config, policy_folder
 
 from skyrl.cli import compose_config
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.monitoring.model_card import _override, base_model, measured, portable, write_model_card
 from skyrl.monitoring.records import jsonable
 from skyrl.monitoring.samples import SampleFiles

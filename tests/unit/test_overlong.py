@@ -12,7 +12,9 @@ from rich.console import Console
 from tiny_models import encoder, picture, prompt
 
 from skyrl import run
-from skyrl.crew.crew import Crew, LocalExecutor, MemberSpec
+from skyrl.crew.crew import Crew
+from skyrl.crew.executor import MemberSpec
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.data.files import FilePrompts
 from skyrl.data.parquet import write_parquet
 from skyrl.data.stream import PromptStream

@@ -13,7 +13,7 @@ import torch
 from learner_cases import build_policy, make_batch, tiny_model
 from tiny_runs import config
 
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.learner.step import LearnerStep
 from skyrl.policy.lora import FACTORS, add_lora, plain_name
 from skyrl.policy.module import module_of

@@ -14,7 +14,7 @@ import pytest
 from tiny_runs import Sink, Watched, config, numbers, policy_folder, run_loop
 
 from skyrl.batch.batcher import Batcher
-from skyrl.crew.crew import Member, MemberSpec
+from skyrl.crew.executor import Member, MemberSpec
 from skyrl.learner.step import LearnerStep
 from skyrl.records import MemberLost, SkyrlError
 from skyrl.rewards.rewarder import Rewarder

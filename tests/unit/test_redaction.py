@@ -17,7 +17,7 @@ from test_add_something import Brevity, BrevitySettings
 from tiny_runs import config, policy_folder
 
 from skyrl.cli import run_command
-from skyrl.crew.crew import LocalExecutor
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.monitoring.events import EVENTS, EventSink
 from skyrl.monitoring.records import jsonable, write_json
 from skyrl.records import Event, SkyrlError

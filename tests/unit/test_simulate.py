@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.simulate.split import Job, splits
-from skyrl.crew.crew import Crew, MemberSpec
+from skyrl.crew.crew import Crew
+from skyrl.crew.executor import MemberSpec
 from skyrl.records import ConfigError, SkyrlError
 from skyrl.simulate.cost import CostModel, EngineCost, LearnerCost, decode, learner_seconds, read_costs, rollout_seconds
 from skyrl.simulate.executor import Took, VirtualExecutor

@@ -12,7 +12,8 @@ import torch
 from learner_cases import build_policy, make_batch
 from learner_plain import joined, plain_settings
 
-from skyrl.crew.crew import Crew, LocalExecutor
+from skyrl.crew.crew import Crew
+from skyrl.crew.local_executor import LocalExecutor
 from skyrl.learner.step import LearnerStep
 from skyrl.policy.rounding import rounding_errors
 from skyrl.records import Prompt, Sample, SampleGroup, SkyrlError, SyncError

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from skyrl.crew.crew import MemberSpec
+from skyrl.crew.executor import MemberSpec
 from skyrl.records import ConfigError, SkyrlError
 from skyrl.settings import Config, WeightSync, WorkerConfig
 

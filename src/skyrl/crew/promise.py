@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from skyrl.crew.crew import MemberSpec, call_name
+from skyrl.crew.executor import MemberSpec, call_name
 from skyrl.records import MemberLost
 
 

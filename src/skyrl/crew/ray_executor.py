@@ -18,8 +18,8 @@ from typing import Any
 
 import ray
 
-from skyrl.crew.crew import HISTORY, Member, MemberSpec, asked_for
 from skyrl.crew.door import enter, loopback, make_token
+from skyrl.crew.executor import HISTORY, Member, MemberSpec, asked_for
 from skyrl.crew.logs import keep_log
 from skyrl.crew.promise import Call, Promise, Seat, lineage
 from skyrl.records import CallRecord, ConfigError, MemberLost, SkyrlError

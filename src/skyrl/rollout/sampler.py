@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skyrl.crew.crew import cut
+from skyrl.crew.executor import cut
 from skyrl.data.datasets import Chosen
 from skyrl.objective.hybrid import imported
 from skyrl.records import (

@@ -1,4 +1,4 @@
-"""Members in this process whose time is simulated: the seam is the crews' :class:`~skyrl.crew.crew.Executor`.
+"""Members in this process whose time is simulated: the seam is the crews' :class:`~skyrl.crew.executor.Executor`.
 
 Calls to a member run in the order in which they were made, and a call waits for the promises among its arguments. So
 when a call is made, the time at which it will end is known already::
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from time import thread_time
 from typing import Any
 
-from skyrl.crew.crew import Member, MemberSpec, call_name, cut
+from skyrl.crew.executor import Member, MemberSpec, call_name, cut
 from skyrl.records import CallRecord, MemberLost, SkyrlError
 
 

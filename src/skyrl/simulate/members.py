@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from skyrl.crew.crew import cut
+from skyrl.crew.executor import cut
 from skyrl.records import Begun, Prompt, RewardParts, RolloutRequest, Sample, SampleGroup, TrainBatch, WeightSnapshot
 from skyrl.rewards.hybrid import group_advantages
 from skyrl.settings import Config
