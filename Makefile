@@ -18,7 +18,7 @@ SOURCES := src tests benchmarks docs
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  Settings of a run: make train ARGS="controller.steps=10 rollout.num_workers=2"'
+	@echo '  Settings of a run: make train ARGS="controller.steps=10 learner.lr=1e-4"'
 
 setup: $(STAMP) ## make .venv and install everything into it
 

@@ -52,7 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["time", "bias", "rule", "table"])
     parser.add_argument("--steps", type=int, default=12, help="rounds of `time` that count")
-    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of `time`; 0 comes first")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=[0.0, 0.5], help="of `time`; 0 comes first; 6.5 GiB each"
+    )
     parser.add_argument("--share", type=float, default=0.5, help="of `bias`")
     parser.add_argument("--seeds", type=int, default=3, help="of `bias`")
     parser.add_argument("--length", type=int, default=30, help="steps of a run of `bias`")

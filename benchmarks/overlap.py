@@ -3,7 +3,7 @@
 ::
 
     python -m benchmarks.overlap time [--only lag1 …]   # 3 minutes on two quiet cores
-    python -m benchmarks.overlap accuracy [--seeds 5]   # 3 minutes a run, 2 runs a seed; goes on where it stopped
+    python -m benchmarks.overlap accuracy [--seeds 5]   # 2 minutes a run, 2 runs a seed; goes on where it stopped
     python -m benchmarks.overlap table
 
 ``time``: whole systems take turns, step by step: lag 0 on all cores (``lag0``) and lag 1 with rollout and learner each
@@ -11,7 +11,7 @@ on its share of the cores (``lag1``), on all of them both (``lag1_all_cores``), 
 (``lag1_two_workers``). The limit that no overlap can beat is measured in the same rounds: ``Sampler.generate`` and a
 learner step without optimizer on the prompts and tokens of that round's ``lag0`` step, both at once, each on its share
 of the cores and without Ray; the longer one counts. ``lag0`` has two rollout and two reward workers, as the default run
-has (conf/model/digits.yaml); the others one of each, which is faster with a lag on two cores.
+has (conf/model/digits.yaml); ``lag1`` one of each, which is faster with a lag on two cores.
 
 ``accuracy``: the default run (40 steps) with lag 0 and lag 1 for each seed (order of prompts, sampling, replay), each
 finished run a line of OUT/overlap_accuracy.jsonl. Equal time is 40 steps of ``lag1`` as ``time`` clocked them, for a

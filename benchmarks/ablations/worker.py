@@ -59,6 +59,7 @@ class Worker:
         from skyrl.system import rollout_specs, start_system
 
         cfg = compose_config(job.overrides())
+        cfg.rollout.num_workers = cfg.reward.num_workers = 1  # in one process a second one has nothing to gain
         policy, reward = model_folders(cfg)
         executor = LocalExecutor()
         if self.rollouts is None:

@@ -142,7 +142,9 @@ def _run(settings: Sequence[str], run_dir: Path) -> Outcome:
     started = time.monotonic()
     with replaced(Loop, "_train_step", step):
         try:
-            run(compose_config(settings), LocalExecutor())
+            cfg = compose_config(settings)
+            cfg.rollout.num_workers = cfg.reward.num_workers = 1  # of the one engine
+            run(cfg, LocalExecutor())
         except Exception as error:  # noqa: BLE001 -- whatever it is: that is what the user would see
             outcome.error, outcome.error_step = f"{type(error).__name__}: {error}", now[0]
             error.__traceback__ = None

@@ -28,7 +28,8 @@ DRAWS = 200
 
 
 def config() -> Any:
-    """The embedded default without MPO, quiet, one thread a member; the learning rate keeps the policy as it is."""
+    """The embedded models without MPO, quiet, with one rollout and one reward worker and one thread a member; the
+    learning rate keeps the policy as it is."""
     from skyrl.settings import Config, KeptSamples, Stage, WandbMode
 
     cfg = Config(name="simulation")

@@ -31,7 +31,7 @@ def test_document_agrees_with_the_code(generator: ModuleType) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "| `rollout.num_workers` | a whole number, 1 or more | `1` | Workers, each in a Ray actor of its own. |",
+        "| `rollout.num_workers` | a whole number, 1 or more | `1` | Workers, each in a Ray actor of its own. ",
         "| `algorithm.mpo.threshold.kind` | one of off, fixed, quantile, risk_controlled | `risk_controlled` | ",
         "| `algorithm.gate.kind` | one of off, fixed, quantile, risk_controlled | `off` | How the threshold τ on ",
         "|  | `k2` |  | d² / 2. |",

@@ -17,6 +17,7 @@ import pytest
 from skyrl.cli import CONF, compose_config, read_settings, run_command
 from skyrl.crew.placement import check_resources
 from skyrl.launch import _resume_command
+from skyrl.monitoring.model_card import SAID
 from skyrl.records import ConfigError, DataError
 from skyrl.settings import Config, PairSource, Squash, ThresholdKind, Trainable, all_settings, validate
 
@@ -44,11 +45,17 @@ def own(tmp_path: Path) -> list[str]:
     return [f"model.policy={tmp_path}/model", *data, "data=files"]
 
 
-def test_the_default_is_valid_and_equals_the_models_but_for_the_run_folder() -> None:
+def test_the_default_is_valid_and_equals_the_settings_own_but_for_the_run_folder_and_the_workers() -> None:
+    """Models of one's own have one worker of each kind again; a model card's command says what files change."""
     cfg = compose_config([])
     assert cfg.run_dir.startswith("outputs/digits/")
-    cfg.run_dir = ""
+    assert cfg.rollout.num_workers == cfg.reward.num_workers == 2
+    cfg.run_dir, cfg.rollout.num_workers, cfg.reward.num_workers = "", 1, 1
     assert cfg == Config()
+    assert SAID == ("rollout.num_workers", "reward.num_workers")
+    own = compose_config(["model=huggingface", "model.policy=/own"], with_files=False)
+    assert own.rollout.num_workers == own.reward.num_workers == 1
+    assert compose_config(["experiment=gpu_smoke"]).rollout.num_workers == 1
 
 
 def test_overrides_groups_and_enums() -> None:

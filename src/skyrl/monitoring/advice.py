@@ -68,7 +68,8 @@ def _overlap(it: Figures) -> Iterator[str]:
     yield (
         f"learners wait {_share(before, step)} of a step for answers and their scores: controller.lag=1 samples the "
         f"next step's meanwhile. The limit is the longer of both and the sync, {limit:.1f} s a step instead of "
-        f"{step:.1f}; members that share cores come less near to it"
+        f"{step:.1f}; members that share cores come less near to it, and nearer with one rollout and one "
+        "reward member than with more"
     )
 
 

@@ -34,6 +34,8 @@ OF_THE_MACHINE = (
     "controller.timeout",
 )
 """Settings, or groups, that say nothing of how the policy came about: not handed on."""
+SAID = ("rollout.num_workers", "reward.num_workers")
+"""The command says these in any case: ``conf/model/digits.yaml`` gives them other values than the settings do."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,7 +72,7 @@ def write_model_card(folder: Path, run_dir: Path, cfg: Config, summary: Mapping[
     """
     settings = portable(jsonable(cfg))
     usual = _flat(portable(jsonable(Config())))
-    changed = {key: value for key, value in _flat(settings).items() if value != usual.get(key)}
+    changed = {key: value for key, value in _flat(settings).items() if key in SAID or value != usual.get(key)}
     evaluations = sample_files(run_dir / FOLDER, EVAL)
     before = measured(evaluations[0][1]) if evaluations and evaluations[0][0] == 0 else {}
     after = measured(evaluations[-1][1]) if len(evaluations) > 1 and evaluations[-1][0] == summary["steps"] else {}
