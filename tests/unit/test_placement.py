@@ -43,8 +43,8 @@ def test_a_gpu_that_two_share_is_looked_for_with_the_cpus_of_both() -> None:
     cfg.rollout.weight_sync = WeightSync.ipc
     cfg.rollout.num_cpus = cfg.learner.num_cpus = 2.0
     check_free(cfg, [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 1.0}], True)
-    with pytest.raises(ConfigError, match=r"4\.25 CPUs and 1 GPUs"):
+    with pytest.raises(ConfigError, match=r"4\.35 CPUs and 1 GPUs"):
         check_free(cfg, [{"CPU": 3.9, "GPU": 1.0}, {"CPU": 9.0}], True)
     cfg.rollout.weight_sync = WeightSync.nccl
-    with pytest.raises(ConfigError, match=r"4\.25 CPUs and 2 GPUs"):
+    with pytest.raises(ConfigError, match=r"4\.35 CPUs and 2 GPUs"):
         check_free(cfg, [{"CPU": 9.0, "GPU": 1.0}], True)

@@ -135,7 +135,7 @@ class WorkerConfig(Settings):
     """Workers, each in a Ray actor of its own. ``model=digits``, the default, has 2 for rollouts and 2 for rewards."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where their models run."""
-    num_cpus: NonNegativeFloat = 0.15
+    num_cpus: NonNegativeFloat = 0.25
     """Ray CPUs that one worker reserves. At ``controller.lag=0`` the roles take turns, so the sum over all workers may
     stay below the number of cores while each uses ``threads`` of them in its turn."""
     threads: NonNegativeInt = 0
