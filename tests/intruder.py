@@ -15,7 +15,8 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-SECONDS = 12
+SECONDS = 60
+"""Of each way. A Ray client that is let in may take more than 12: its server starts a process for it."""
 DRIVER = """
 import ray, sys
 ray.init(address={address!r}, log_to_driver=False)
