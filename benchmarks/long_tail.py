@@ -50,7 +50,7 @@ FOLLOWED = (
 def main() -> None:
     """One of the three commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["time", "bias", "rule", "table"])
+    parser.add_argument("command", nargs="?", choices=["time", "bias", "rule", "table"], default="table")
     parser.add_argument("--steps", type=int, default=12, help="rounds of `time` that count")
     parser.add_argument(
         "--shares", nargs="+", type=float, default=[0.0, 0.5], help="of `time`; 0 comes first; 6.5 GiB each"
