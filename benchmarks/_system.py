@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks._turns import EndedError, Turns
 from skyrl.monitoring.sink import MetricSink
-from skyrl.records import Metrics, TrainBatch
+from skyrl.records import Event, Metrics, SkyrlError, TrainBatch
 from skyrl.settings import Config
 
 MODELS = "SKYRL_BENCHMARK_MODELS"
@@ -71,6 +71,10 @@ class _Turns(MetricSink):
     def __init__(self, turns: Turns, report: Report) -> None:
         self.turns, self.report = turns, report
         self.batch: Callable[[], TrainBatch | None] = lambda: None
+
+    def event(self, event: Event) -> None:
+        """A member was replaced, or the run went back: what is timed then is not a step."""
+        raise SkyrlError(f"not a measurement any more: {event.text}")
 
     def log(self, step: int, metrics: Metrics) -> None:
         if "time/step" in metrics:

@@ -14,7 +14,6 @@ OUT/compare.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -92,25 +91,21 @@ def table(result: dict[str, Any]) -> str:
 def _serve(workload: str, kind: str, side: tuple[str, str]) -> None:
     """One side, until the parent wants no more."""
     turns = Turns()
+    from omegaconf import OmegaConf
+
     from benchmarks._system import serve
     from skyrl.settings.run import checked
 
-    values = config(workload, kind).model_dump(mode="json")
-    for pair in filter(None, side[1].split(",")):
-        key, _, value = pair.partition("=")
-        *groups, last = key.split(".")
-        place: Any = values
-        for group in groups:
-            place = place[group]
-        if last not in place:
-            raise SystemExit(f"{key}: there is no such setting")
-        place[last] = json.loads(value)
+    words = OmegaConf.from_dotlist([word for word in side[1].split(",") if word])
+    values = OmegaConf.to_container(OmegaConf.merge(config(workload, kind).model_dump(mode="json"), words))
+    assert isinstance(values, dict)
+    cfg = checked({str(key): value for key, value in values.items()})
     policy, reward = policy_folder(workload)
 
     def report(step: int, metrics: dict[str, float], batch: object) -> dict[str, Any]:
         return {name: value for name, value in metrics.items() if name.startswith("time/")}
 
-    serve(checked(values), policy, reward if kind == "whole" else None, turns, report)
+    serve(cfg, policy, reward if kind == "whole" else None, turns, report)
 
 
 if __name__ == "__main__":
