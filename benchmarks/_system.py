@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,11 @@ def serve(cfg: Config, policy: str, reward: str | None, turns: Turns, report: Re
     from skyrl.system import start_system
 
     validate(cfg.model_copy(update={"model": cfg.model.model_copy(update={"policy": policy, "reward": reward})}))
-    with (
-        tempfile.TemporaryDirectory() as work,
-        ray_session(cfg, f"benchmark-{cfg.name}"),
-        start_system(cfg, policy, reward) as system,
-    ):
+    with ExitStack() as stack:
+        work = stack.enter_context(tempfile.TemporaryDirectory())
+        cfg = cfg.model_copy(update={"run_dir": work})  # before the members start: the buffer's journal lies there
+        stack.enter_context(ray_session(cfg, f"benchmark-{cfg.name}"))
+        system = stack.enter_context(start_system(cfg, policy, reward))
         sink = _Turns(turns, report)
         if batches:
             pair = system.buffer.pair
@@ -60,7 +61,6 @@ def serve(cfg: Config, policy: str, reward: str | None, turns: Turns, report: Re
                 return batch, told
 
             system.buffer.pair = noted  # type: ignore[method-assign,assignment]
-        cfg = cfg.model_copy(update={"run_dir": work})
         with contextlib.suppress(EndedError):
             Loop(cfg, system, PromptStream(system.sizes()["train"], cfg.data.seed), sink, Path(work)).run()
 
